@@ -92,11 +92,17 @@ class ExportedModel(nn.Module):
 
     def __init__(self, opened: GraphFile, said: _Said):
         super().__init__()
-        self._compute, self._names = opened.compute, said.outputs
+        self._compute, self._names, self._channels = opened.compute, said.outputs, said.input_size[0]
         self.num_classes, self.task, self.masks = said.num_classes, said.task, "masks" in said.outputs
         self.pretrained_cfg = {"architecture": said.architecture, LABEL_NAMES: said.label_names}
 
     def forward(self, images: Tensor) -> Any:
+        views = images.shape[1] // self._channels
+        if (
+            views > 1 and len(self._names) == 1
+        ):  # several clips of each video beside one another, of which a graph takes one
+            (logits,) = self._compute(self._names, images.cpu().reshape(-1, self._channels, *images.shape[2:]))
+            return logits.unflatten(0, (-1, views)).mean(dim=1)
         found = self._compute(self._names, images.cpu())
         return found[0] if len(found) == 1 else _Found(tuple(found))
 

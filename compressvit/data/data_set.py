@@ -39,6 +39,7 @@ class DataSet:
         package: what must be installed to read it, as Python imports it.
         streams: it is read in the order of its shards, which depends on the number of workers.
         listed: opening it only lists files, without reading an image, so a plan can count them.
+        clips: its samples are videos, of which `data.clip` says what is taken.
         parts: it can be split (`data.val_fraction`, `data.test_fraction`) and have a test (`data.test_split`).
     """
 
@@ -53,6 +54,7 @@ class DataSet:
     streams: bool = False
     listed: bool = False
     parts: bool = False
+    clips: bool = False
 
     @property
     def truth(self) -> str | None:
@@ -75,11 +77,12 @@ def data_set(
     streams: bool = False,
     listed: bool = False,
     parts: bool = False,
+    clips: bool = False,
 ) -> Callable[[Open], Open]:
     """Register what opens a data set under the set's name; for the arguments see `DataSet`. A name that is taken is refused at import."""
 
     def register(opener: Open) -> Open:
-        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package, streams, listed, parts)
+        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package, streams, listed, parts, clips)
         SETS.add(name, entry, opener.__module__)
         return opener
 

@@ -27,7 +27,7 @@ from compressvit.errors import UserError
 ToPixels = Callable[[Any], torch.Tensor]
 
 
-class _ToChannels:
+class ToChannels:
     """Converts a PIL image of any mode to the 8 bits and channels of a model."""
 
     def __init__(self, channels: int, exif: bool):
@@ -49,7 +49,7 @@ class _OfBands:
             width = 1 if end - first == 1 else 3
             mean, std = (((*values[first:end], 0.5)[:width]) for values in (config.mean, config.std))
             part = dataclasses.replace(config, channels=width, mean=mean, std=std)
-            self.parts.append((first, end, _of_pictures(part, augment, False)))
+            self.parts.append((first, end, of_pictures(part, augment, False)))
 
     def __call__(self, image: Any) -> torch.Tensor:
         bands, _ = pictures.standard(image)
@@ -68,7 +68,7 @@ class _OfFour:
     """For a model of 4 channels, which takes pictures with alpha and bands alike."""
 
     def __init__(self, config: InputConfig, augment: Augment | None, exif: bool):
-        self.of_pictures = _of_pictures(config, augment, exif)
+        self.of_pictures = of_pictures(config, augment, exif)
         self.of_bands = None if augment is not None and augment.color_jitter else _OfBands(config, augment)
 
     def __call__(self, image: Any) -> torch.Tensor:
@@ -105,7 +105,7 @@ def image_transform(config: InputConfig, augment: Augment | None, *, exif: bool 
         refuse_colours(augment, config.channels)
     if config.channels == 4:
         return _OfFour(config, augment, exif)
-    return _of_pictures(config, augment, exif) if config.channels in pictures.MODES else _OfBands(config, augment)
+    return of_pictures(config, augment, exif) if config.channels in pictures.MODES else _OfBands(config, augment)
 
 
 def refuse_colours(augment: Augment, channels: int) -> None:
@@ -120,7 +120,7 @@ def refuse_colours(augment: Augment, channels: int) -> None:
         )
 
 
-def _of_pictures(config: InputConfig, augment: Augment | None, exif: bool) -> transforms.Compose:
+def of_pictures(config: InputConfig, augment: Augment | None, exif: bool) -> transforms.Compose:
     """The transform of PIL images."""
     common: dict[str, Any] = {
         "input_size": (config.channels, config.height, config.width),
@@ -128,7 +128,7 @@ def _of_pictures(config: InputConfig, augment: Augment | None, exif: bool) -> tr
         "std": config.std,
         "use_prefetcher": True,  # normalising and erasing come later, per batch
     }
-    to_channels = _ToChannels(config.channels, exif)
+    to_channels = ToChannels(config.channels, exif)
     *resize, to_tensor = create_transform(
         **common, interpolation=config.interpolation, crop_pct=config.crop_pct, crop_mode=config.crop_mode
     ).transforms

@@ -54,6 +54,7 @@ class InputConfig:
         mean, std: one number per channel, of pixel values in 0..1.
         interpolation, crop_pct, crop_mode: timm's words for resizing and cropping in evaluation.
         masks: whether the model also learns the masks of objects, so that its targets have them.
+        frames: of a clip, whose channels follow one another in `channels`; None where the model takes images.
     """
 
     channels: int
@@ -65,6 +66,7 @@ class InputConfig:
     crop_pct: float
     crop_mode: str = "center"
     masks: bool = False
+    frames: int | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -75,6 +77,10 @@ class InputConfig:
         """The same for images of another size (C, H, W)."""
         mean, std = (per_channel(values, size[0]) for values in (self.mean, self.std))
         return replace(self, channels=size[0], height=size[1], width=size[2], mean=mean, std=std)
+
+    def beside(self, count: int) -> InputConfig:
+        """That of so many clips whose channels follow one another."""
+        return replace(self, channels=self.channels * count, mean=self.mean * count, std=self.std * count)
 
     def as_dict(self) -> dict[str, Any]:
         """What an artifact records of it, under timm's names."""
@@ -93,8 +99,9 @@ def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def asked_statistics(data: Data, channels: int) -> dict[str, tuple[float, ...]]:
-    """`data.mean` and `data.std`, where they are given, for every channel; one number is that of each.
+def asked_statistics(data: Data, channels: int, frames: int | None = None) -> dict[str, tuple[float, ...]]:
+    """`data.mean` and `data.std`, where they are given, for every channel; one number is that of each, and those of one frame are those of
+    all `frames`.
 
     Raises:
         UserError: they are of another number of channels.
@@ -104,6 +111,8 @@ def asked_statistics(data: Data, channels: int) -> dict[str, tuple[float, ...]]:
         values = getattr(data, name)
         if values is None:
             continue
+        if frames is not None and len(values) * frames == channels:
+            values = values * frames
         if len(values) not in (1, channels):
             raise UserError(
                 f"data.{name}={list(values)} is of {len(values)} channels, and the model takes {channels}; give a number for each of "
@@ -128,11 +137,14 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_cro
     config = resolve_model_data_config(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else config["input_size"][0]
+    frames: int | None = getattr(model, "frames", None)
+    if frames is not None:  # a transform may have added a convolution
+        channels = input_size(model)[0]
     # the pretrained size stays in the config when a model is built for another one
     height, width = input_size(model)[1:]
 
     asked = data.model_copy(update=dict.fromkeys(STATISTICS)) if trained else data
-    statistics = asked_statistics(asked, channels)
+    statistics = asked_statistics(asked, channels, frames)
     crop_pct = 1.0 if find_set(data.name).full_frame and not own_crop else config["crop_pct"]
     return InputConfig(
         channels,
@@ -144,6 +156,7 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_cro
         asked.crop_pct or crop_pct,
         asked.crop_mode or config["crop_mode"],
         masks=getattr(model, "masks", False) is True,
+        frames=frames,
     )
 
 
@@ -182,7 +195,8 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
         images: (B, C, H, W) with the channels and statistics of `source`.
 
     Returns:
-        (B, C', H', W') for `target`; `images` itself when nothing differs. A centre crop is not repeated: the whole of
+        (B, C', H', W') for `target`; `images` itself when nothing differs. Several clips beside one another stay
+        so. A centre crop is not repeated: the whole of
         `images` is resized. Channels go 3 to 1 by luma, 1 to 3 by repetition; alpha is left out, or 1. Other numbers of channels
         stay as they are.
 
@@ -195,8 +209,10 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
     if same_size and same_statistics:
         return images
 
+    views = images.shape[1] // source.channels
+
     def column(values: tuple[float, ...]) -> torch.Tensor:
-        return images.new_tensor(values).view(1, -1, 1, 1)
+        return images.new_tensor(values * views).view(1, -1, 1, 1)
 
     whole = images * column(source.std) + column(source.mean)
     pixels = whole[:, :3] if source.channels in MODES else whole

@@ -16,7 +16,7 @@ class BrokenPicture(ValueError):
 
 
 class Read(IntFlag):
-    """Conversions and properties of an image that a user may want to know, as flags, so that a data set stores one byte per image."""
+    """Conversions and properties of an image that a user may want to know, as flags, so that a data set stores two bytes per image."""
 
     SIXTEEN_BITS = 1
     DARK = 2
@@ -26,6 +26,8 @@ class Read(IntFlag):
     CMYK = 32
     TURNED = 64
     BAD_EXIF = 128
+    SHORT = 256  # of a clip
+    VARYING = 512
 
 
 def require_readable(dtype: np.dtype) -> None:

@@ -20,6 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader
 
 from compressvit import processes
+from compressvit.data.clip_transform import ClipTransform
 from compressvit.data.collation import Targets, collate
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
@@ -160,7 +161,9 @@ def eval_loader(
     `distributed` the batches are dealt out to the processes of the run in turn; the number of batches may differ by one.
     """
     size = batch_size or data.eval_batch_size or data.batch_size
-    return Loader(*_batches(datasets, data, config, device, size, False, distributed, None), config, device)
+    clips = getattr(datasets.validation, "clips", None)
+    beside = config if clips is None else config.beside(clips.views * clips.crops)
+    return Loader(*_batches(datasets, data, config, device, size, False, distributed, None), beside, device)
 
 
 def calibration_batches(
@@ -282,7 +285,9 @@ def _batches(
     workers = 0 if in_memory else data.num_workers  # indexing is quicker than a queue between processes
     if not in_memory:
         dataset = copy.copy(source)  # the same files, and the same record of broken ones, prepared for this model
+        clips = getattr(source, "clips", None)
         prepare: Any = PlacedTransform if task.places else image_transform
+        prepare = prepare if clips is None else partial(ClipTransform, clip=clips)
         dataset.transform, dataset.training = prepare(config, augment, exif=data.exif), training
         dataset.placed, dataset.channels = task.places, config.channels
     if isinstance(source, Stream):

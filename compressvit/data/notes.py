@@ -18,7 +18,10 @@ _READ = {
     Read.ALPHA: ("alpha", "{} with transparency, which models of 1 or 3 channels do not get"),
     Read.FRAMES: ("frames", "{} with several frames or pages, of which the first was read"),
     Read.CMYK: ("cmyk", "{} in CMYK, converted without a colour profile"),
+    Read.SHORT: ("short", "{} shorter than a clip, whose frames were repeated"),
+    Read.VARYING: ("varying", "{} of a varying frame rate, of which frames are counted, whenever they are shown"),
 }
+_OF_CLIPS = Read.SHORT | Read.VARYING
 _EXIF = {
     False: {
         Read.TURNED: ("turned", "{} with an EXIF orientation, which was ignored (data.exif=true applies it)"),
@@ -35,7 +38,7 @@ def notes_of_reading(counts: dict[Read, int], *, exif: bool) -> list[Note]:
     """Notes on the conversions of the images read so far; `counts` has the number of images for each."""
     sentences = _READ | _EXIF[exif]
     return [
-        Note(what, counts[kind], text.format(counted(counts[kind])))
+        Note(what, counts[kind], text.format(counted(counts[kind], "video" if kind in _OF_CLIPS else "image")))
         for kind, (what, text) in sentences.items()
         if counts.get(kind)
     ]

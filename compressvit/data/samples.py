@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from compressvit import processes
 from compressvit.data.annotated import truth_of
 from compressvit.data.bands import Bands, Picture
+from compressvit.data.clips import ClipFiles
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import notes_of_reading
 from compressvit.data.order import View
@@ -37,7 +38,7 @@ from compressvit.data.pictures import (
     standard,
 )
 from compressvit.data.sets.base import evenly
-from compressvit.data.spec import Data
+from compressvit.data.spec import Clip, Data
 from compressvit.data.streams import Stream
 from compressvit.errors import UserError
 from compressvit.files import expanded
@@ -83,7 +84,7 @@ class Samples(Dataset):
 
     A file that cannot be decoded is flagged in `broken`, uint8 (N,) in memory shared with loader workers. While
     `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2). How the other files had
-    to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`. A `part` records both in its whole, too. An image
+    to be converted is recorded in `done`, int16 (N,), as bits of `Read`. A `part` records both in its whole, too. An image
     that a model of so many `channels` cannot be given is as one that cannot be decoded.
 
     Args:
@@ -103,7 +104,7 @@ class Samples(Dataset):
         self.source, self.labelled, self.exif, self._whole = source, labelled, exif, whole
         self.indices = range(len(source)) if indices is None else indices
         self.broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
-        self.done = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
+        self.done = torch.zeros(len(self.indices), dtype=torch.int16).share_memory_()
         self.transform: Any = None
         self.channels: int | None = None  # of the model that `transform` is for
         self.placed = False  # whether `transform` takes and returns the target, too
@@ -112,6 +113,16 @@ class Samples(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def clips(self) -> Clip | None:
+        """Which frames are taken of its videos; None of a set of images."""
+        return self.source.clip if isinstance(self.source, ClipFiles) else None
+
+    @property
+    def noun(self) -> str:
+        """What messages call a sample."""
+        return "image" if self.clips is None else "video"
 
     def part(self, positions: Sequence[int]) -> Samples:
         """The samples at these positions, as a set of their own."""
@@ -163,6 +174,8 @@ class Samples(Dataset):
         """The decoded image of 8 bits a channel, for a model of so many, its stored target, and what was done to read it. Raises as
         `read_picture`, or whatever a set that opens its files itself raises where one is broken."""
         index = self.indices[position]
+        if isinstance(self.source, ClipFiles):
+            return self.source.read(index, channels, training=self.training)
         if isinstance(self.source, PictureFiles):
             path, target = self.source.samples[index]
             image, done = read_picture(path, exif=self.exif, channels=channels)
@@ -314,15 +327,15 @@ class BrokenFiles:
             if flags.unfold(0, run, 1).all(1).any():
                 first = int(samples.broken.argmax())
                 raise UserError(
-                    f"{run} consecutive image files cannot be decoded ({int(samples.broken.count_nonzero())} of "
+                    f"{run} consecutive {samples.noun} files cannot be decoded ({int(samples.broken.count_nonzero())} of "
                     f"{len(samples)} so far), such as {samples.name(first)} ({_reason(samples, first, channels)}); that is "
-                    "more than a few bad files: check that data.root holds intact images"
+                    f"more than a few bad files: check that data.root holds intact {samples.noun}s"
                 )
         for key in new:
             self._reported.add(key)
             samples, position = self._sets[key[0]], key[1]
             reason = _reason(samples, position, channels)
-            log.warning("skipped a broken image: %s: %s", samples.name(position), reason)
+            log.warning("skipped a broken %s: %s: %s", samples.noun, samples.name(position), reason)
 
 
 def _reason(samples: Samples, position: int, channels: int | None) -> str:

@@ -90,6 +90,31 @@ class Augment(Spec):
         return value
 
 
+class Clip(Spec):
+    """Which frames of a video are a clip. How many a clip has is what the model takes (`frames` of the model `video`)."""
+
+    sampling: Literal["dense", "segments"] = Field(
+        default="dense",
+        description="dense: frames at a stride, from a random place in training and from the middle in evaluation (Kinetics); segments: "
+        "one frame of each of as many equal parts of the video as a clip has frames, a random one in training and the middle one in "
+        "evaluation (TSN; Something-Something).",
+    )
+    stride: int = Field(
+        default=4, ge=1, le=2**16, description="Frames from each that is taken to the next, of dense sampling."
+    )
+    views: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Clips in time of each video in evaluation, whose logits a model of clips averages. Published figures: 5 on Kinetics, "
+        "2 on Something-Something.",
+    )
+    crops: Literal[1, 3] = Field(
+        default=1,
+        description="Crops of each of these clips: the centre as of images, or 3 squares along the longer side, as in published figures.",
+    )
+
+
 def _describe_names(schema: JsonDict) -> None:
     """Say in the schema which sets there are; the registry is not read before somebody asks."""
     schema["description"] = list_of_sets()
@@ -198,6 +223,7 @@ class Data(Spec):
     limit_val: int | None = Field(
         default=None, ge=1, description="Use at most this many validation images, evenly spaced."
     )
+    clip: Clip = Field(default=Clip(), description="Which frames of each video are taken, of sets of videos.")
     augment: Augment = Field(default=Augment(), description="Augmentation of training images.")
 
     @field_validator("name")
@@ -263,6 +289,13 @@ class Data(Spec):
             raise ValueError(
                 f"reduce_zero_label=true: data '{self.name}' has no masks of classes; leave it out (it is for name=segmentation)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_clips(self) -> Data:
+        if self.clip != Clip() and not find_set(self.name).clips:
+            able = ", ".join(entry.name for entry in SETS.values() if entry.clips)
+            raise ValueError(f"clip: data '{self.name}' has no videos; leave it out (it is for {able})")
         return self
 
     @property

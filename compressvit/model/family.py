@@ -35,6 +35,7 @@ class BlockInfo:
     stage_path: str = ""
     key_stride: int = 1  # of how many tokens, along each side of the grid, attention has one key
     prefix_tokens: int = 0  # before those of the patches, as `describe` finds them by `Family.prefix_in`
+    grids: int = 1  # of which `resolution` consists, one below the other: those of the times of a clip
 
     def holds(self, path: str) -> bool:
         """Whether a module, by its path, is in the block; all are in that of the empty path."""

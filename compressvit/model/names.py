@@ -6,8 +6,9 @@ from compressvit.errors import did_you_mean
 from compressvit.model.cvt import CVTS, register_cvts
 from compressvit.model.detectors import DETECTORS, register_detectors
 from compressvit.model.segmenters import SEGMENTERS, register_segmenters
+from compressvit.model.video import VIDEOS, register_videos
 
-COMPOSED = (*DETECTORS, *SEGMENTERS)  # on a backbone that their argument `backbone` names
+COMPOSED = (*DETECTORS, *SEGMENTERS, *VIDEOS)  # on a backbone that their argument `backbone` names
 TORCHVISION = "torchvision_"  # how the names of torchvision's transformers begin
 
 
@@ -19,6 +20,8 @@ def is_model(architecture: str) -> bool:
         register_detectors()
     elif architecture in SEGMENTERS:
         register_segmenters()
+    elif architecture in VIDEOS:
+        register_videos()
     elif architecture.startswith(TORCHVISION):
         import compressvit.model.of_torchvision  # noqa: F401 - registers them
     elif architecture in CVTS:

@@ -205,6 +205,7 @@ _ARCHITECTURES = (
     "compressvit.model.detectors.",
     "compressvit.model.of_torchvision",
     "compressvit.model.segmenters.",
+    "compressvit.model.video.",
 )
 
 

@@ -166,7 +166,7 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
             f"  They are file model.safetensors of the {source}.\n"
             f"  {_supply(where)}"
         ) from error
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict(resample_positions(loaded.state_dict(), model))  # of images, for a model of clips
 
 
 def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool = False) -> list[Note]:

@@ -261,7 +261,7 @@ class RecipePlan(RunFile):
     Attributes:
         recipe: name of the recipe in messages.
         input_size: (channels, height, width) of the student's images.
-        inputs: what images are made into (`InputConfig.as_dict`), for the teacher and for the student.
+        inputs: what images are made into (`InputConfig.as_dict`, and `frames`), for the teacher and for the student.
         provisional: the steps that choose what the student becomes by what a run measures; its costs are those of what is assumed here.
         conflicts: empty if the recipe can run.
         diagnostics: a description of each diagnostic, by name.

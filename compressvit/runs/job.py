@@ -268,10 +268,17 @@ def refuse_missing_masks(job: Job) -> None:
 
 def refuse_other_pictures(job: Job) -> None:
     """Raise a `UserError` where none of the images to train on that are looked at can be given to a model, or augmented as asked."""
-    if job.student.input.channels not in MODES:
-        refuse_colours(job.recipe.data.augment, job.student.input.channels)
     train = job.datasets.train
-    if not isinstance(train, Samples):
+    clips = isinstance(train, Samples) and train.clips is not None  # whose frames are pictures
+    if job.student.input.channels not in MODES and not clips:
+        refuse_colours(job.recipe.data.augment, job.student.input.channels)
+    for whose, side in (("student", job.student), ("teacher", job.teacher)):
+        if side.input.frames is not None and not clips:
+            raise UserError(
+                f"data.name={job.recipe.data.name} has images, and the {whose}, {model_name(side.model)}, takes clips of "
+                f"{side.input.frames} frames; give videos: data.name=videos"
+            )
+    if not isinstance(train, Samples) or clips:
         return
     for whose, side in (("student", job.student), ("teacher", job.teacher)):
         channels = side.input.channels

@@ -54,7 +54,7 @@ def own_images(
         batches, found = eval_loader(datasets, data, config, torch.device("cpu")), 0
         images = []
         for batch, _ in batches:
-            images.append(batch)
+            images.append(batch[:, : config.channels])  # of several clips of a video the first
             found += len(batch)
             if found >= count:
                 break

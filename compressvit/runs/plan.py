@@ -184,7 +184,10 @@ def plan_job(job: Job) -> RecipePlan:
         teacher=PlannedTeacher(model=recipe.teacher.model, **theirs),
         student=Costs(**cost(student.model, student.input.size).as_dict()),
         input_size=student.input.size,
-        inputs={"teacher": teacher.input.as_dict(), "student": student.input.as_dict()},
+        inputs={
+            whose: {**side.input.as_dict(), "frames": side.input.frames}
+            for whose, side in (("teacher", teacher), ("student", student))
+        },
         stages=_stages(student.model),
         steps=planned.steps,
         notes=notes,

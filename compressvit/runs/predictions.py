@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from PIL import Image
 
 from compressvit.data.input import InputConfig
 from compressvit.data.pictures import MODES
+from compressvit.data.sets.base import evenly
 from compressvit.files import disk_faults, write_atomically, write_json
 from compressvit.runs.files import PICTURES, PREDICTIONS, PredictionsFile
 from compressvit.tasks.base import Answers
 
 FORMAT = 1
 EXAMPLES = 24
+FRAMES, ACROSS = 8, 4  # of a clip that are shown, and those of them in a row
 _SMALL = 40  # up to this size, a lossless PNG is small
 
 
@@ -81,10 +84,12 @@ class Predictions:
 
     @property
     def drawn(self) -> str | None:
-        """What of an image of bands a picture shows; None of a picture, which is shown as it is."""
-        count = self.config.channels
+        """What of an image of bands, or of a clip, a picture shows; None of a picture, which is shown as it is."""
+        count, frames = self.config.channels, self.config.frames
         if count in MODES:
             return None
+        if frames is not None:
+            return f"those of {min(frames, FRAMES)} of the {frames} frames of a clip, row by row"
         return f"the first of {count}, in gray" if count < 3 else f"the first 3 of {count}, as red, green and blue"
 
     def write(self, folder: Path) -> None:
@@ -113,10 +118,35 @@ class Predictions:
         return f"{number:02d}.{self._suffix}"
 
     def _picture(self, pixels: torch.Tensor, answer: dict[str, Any]) -> Image.Image:
-        """A normalised image (C, H, W) as a small picture, with the task's drawings: of two channels the first, of more three."""
-        mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.config.mean, self.config.std))
-        levels = ((pixels * std + mean)[:3].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] < 3 else levels)
+        """A normalised image (C, H, W) as a small picture, with the task's drawings: of two channels the first, of more three; of a clip
+        some frames, row by row."""
         assert self.answers is not None, "without answers there are no pictures"
-        picture.thumbnail((self.answers.pixels, self.answers.pixels))
+        config = self.config
+        shown = pixels[: config.channels]  # of several clips of a video the first
+        mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (config.mean, config.std))
+        levels = ((shown * std + mean).clamp(0, 1) * 255).round().byte()
+        size = self.answers.pixels
+        if config.frames is not None and config.frames > 1:
+            frames = levels.unflatten(0, (config.frames, -1))
+            picture = _mosaic([_small(frames[i], size) for i in evenly(len(frames), FRAMES)])
+        else:
+            picture = _small(levels[:3], size)
         return self.answers.draw(picture, answer)
+
+
+def _small(levels: torch.Tensor, size: int) -> Image.Image:
+    """A picture of one or three channels (C, H, W), of at most `size` pixels a side."""
+    values = levels.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(values[:, :, 0] if values.shape[2] < 3 else values)
+    picture.thumbnail((size, size))
+    return picture
+
+
+def _mosaic(frames: Sequence[Image.Image]) -> Image.Image:
+    """Frames in rows, in the order of reading."""
+    width, height = frames[0].size
+    across = min(len(frames), ACROSS)
+    mosaic = Image.new(frames[0].mode, (across * width, -(-len(frames) // across) * height), "white")
+    for i, frame in enumerate(frames):
+        mosaic.paste(frame, (i % across * width, i // across * height))
+    return mosaic

@@ -224,8 +224,14 @@ def _input_lines(plan: RecipePlan) -> list[str]:
 def _input_text(config: Mapping[str, Any]) -> str:
     _, height, width = config["input_size"]
     mode = "" if config["crop_mode"] == "center" else f" ({config['crop_mode']})"
-    mean, std = (" ".join(f"{value:.4g}" for value in config[key]) for key in ("mean", "std"))
-    return f"{height}×{width}, crop {config['crop_pct']:g}{mode}, {config['interpolation']}, mean {mean}, std {std}"
+    frames = config.get("frames") or 1  # each of which has the same statistics
+    mean, std = (
+        " ".join(f"{value:.4g}" for value in config[key][: len(config[key]) // frames]) for key in ("mean", "std")
+    )
+    each = f", of each of {frames} frames" if frames > 1 else ""
+    return (
+        f"{height}×{width}, crop {config['crop_pct']:g}{mode}, {config['interpolation']}, mean {mean}, std {std}{each}"
+    )
 
 
 def print_data(data: DataPlan, console: Console) -> None:

@@ -114,6 +114,7 @@ class TokenConv(nn.Module):
         grid: height and width of the token grid, used to fold a sequence.
         num_prefix_tokens: how many tokens at the front of a sequence are not on the grid.
         sequence: whether tokens come as a sequence (B, N, C), or as a grid (B, height, width, C).
+        grids: of how many grids, one below the other, `grid` consists, across whose borders the convolution does not look.
         replace: False computes `x + conv(LN x)`; True computes `LN x + conv(LN x)`, as the paper's code does to the residual stream,
             which does not preserve a pretrained function.
     """
@@ -126,6 +127,7 @@ class TokenConv(nn.Module):
         num_prefix_tokens: int = 0,
         sequence: bool = True,
         replace: bool = False,
+        grids: int = 1,
         eps: float = 1e-5,
         device=None,
         dtype=None,
@@ -139,6 +141,7 @@ class TokenConv(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.sequence = sequence
         self.replace = replace
+        self.grids = grids
 
     @torch.no_grad()
     def reset_identity(self) -> None:
@@ -160,9 +163,9 @@ class TokenConv(nn.Module):
             return base + rearrange(self.conv(rearrange(normed, "b h w c -> b c h w")), "b c h w -> b h w c")
         prefix, normed = normed.tensor_split([self.num_prefix_tokens], dim=1)
         height = grid_height(normed.shape[1], self.grid)
-        normed = rearrange(normed, "b (h w) c -> b c h w", h=height)
+        normed = rearrange(normed, "b (g h w) c -> (b g) c h w", g=self.grids, h=height // self.grids)
         normed = self.conv(normed.contiguous(memory_format=torch.channels_last))  # as tokens lie, but for the prefix
-        convolved = rearrange(normed, "b c h w -> b (h w) c")
+        convolved = rearrange(normed, "(b g) c h w -> b (g h w) c", g=self.grids)
         return base + torch.cat([torch.zeros_like(prefix), convolved], dim=1)
 
 
@@ -228,6 +231,7 @@ class MultiplexPlan(Plan):
                 info.prefix_tokens,
                 sequence=backbone.family.layout == "sequence",
                 replace=self.form == "reference",
+                grids=info.grids,
                 eps=cast(nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")).eps,  # in every norm of timm
                 **like,
             )

@@ -39,7 +39,12 @@ def test_every_field_is_described():
     [
         (
             {"name": "digit"},
-            ["no data set 'digit'", "did you mean 'digits'?", "fashion_mnist, folder, images, lists", "wds/NAME"],
+            [
+                "no data set 'digit'",
+                "did you mean 'digits'?",
+                "fashion_mnist, folder, hmdb51, images, lists",
+                "wds/NAME",
+            ],
         ),
         ({"name": "cifar10"}, ["did you mean 'torch/cifar10'?"]),
         ({"name": "torch/cifar1000"}, ["did you mean 'torch/cifar100'?", "torch/imagenet"]),

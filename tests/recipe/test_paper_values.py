@@ -109,6 +109,32 @@ def test_repadapter_on_ade20k():
     assert count_parameters(teacher) - before == 639_360
 
 
+VIDEO = {
+    "epochs": 90,
+    "optimizer": "momentum",
+    "momentum": 0.9,
+    "lr": 0.1,
+    "lr_reference_batch": 256,
+    "weight_decay": 0.0,
+    "warmup_epochs": 10,
+}
+
+
+@pytest.mark.parametrize(("name", "trained"), [("adaptformer_video", 1_189_632), ("repadapter_video", 73_776)])
+def test_video_as_adaptformer_trains_it(name, trained):
+    """On a ViT-B of 12 blocks; two neurons of RepAdapter in two groups are 24 times 2 · 768 + 2 + 768 + 768."""
+    recipe = load_recipe(name)
+    spec, clip = recipe.steps[1].spec, recipe.data.clip
+    assert {key: getattr(spec, key) for key in VIDEO} == VIDEO
+    frames = recipe.teacher.args["frames"]
+    assert (frames, clip.sampling) == ((16, "segments") if name == "adaptformer_video" else (8, "dense"))
+    assert clip.stride == 4
+    teacher = build("video", recipe.teacher.args, num_classes=recipe.teacher.num_classes, device="meta")
+    before = count_parameters(teacher)
+    recipe.steps[0].spec.plan(teacher).apply(teacher)
+    assert count_parameters(teacher) - before == trained
+
+
 # Of recipes that state no source of their own values: what the papers print.
 PRINTED = {
     "mini_swin_t": ({**SWIN, "drop_path": 0.0}, PLAIN),

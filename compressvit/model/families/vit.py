@@ -92,11 +92,11 @@ class ViT(Family):
     """`blocks.I`, each with `attn` and `mlp`, in one stage."""
 
     title = "ViT"
-    supports = (
+    supports: ClassVar[tuple[str, ...]] = (
         "VisionTransformer (vit_*, deit_*, deit3_*, DINOv2 with LayerScale and register tokens)",
         "VisionTransformerDistilled (deit_*_distilled_*)",
     )
-    models = (VisionTransformer, VisionTransformerDistilled)
+    models: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
     block, attention = Block, Attention
     slotted_block, slotted_attention = SlottedBlock, ExplicitAttention
     prompts = "sequence"

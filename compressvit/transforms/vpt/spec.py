@@ -31,7 +31,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
-from compressvit.model.backbone import describe, model_name
+from compressvit.model.backbone import body_of, describe, model_name
 from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.claims import Claim, adds_tokens, slot
@@ -74,7 +74,7 @@ class VPTPlan(Plan):
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
-        height, width = describe(student).family.patch_size(student)
+        height, width = describe(student).family.patch_size(body_of(student) or student)
         prompts = [module for module in student.modules() if isinstance(module, Prompts)]
         bound = math.sqrt(6 / (3 * height * width + prompts[0].tokens.shape[1]))
         for module in prompts:
