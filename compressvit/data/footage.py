@@ -19,8 +19,13 @@ from compressvit.data.levels import BrokenPicture, Read
 from compressvit.data.pictures import EXTENSIONS, read_picture, refuse_shortage, to_channels
 from compressvit.errors import UserError
 
-INSTALL = "pip install 'compressvit[video]'"
+INSTALL = "pip install av, or compressvit[video]"
 SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
+# Containers of one video. FFmpeg reads the content, not the name, and knows lists of others' files and addresses too.
+_OPENED = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg",
+    "protocol_whitelist": "file",
+}
 _STEADY = 1.5  # times the shortest of a video's frames that the longest may last
 
 Choose = Callable[[int], Sequence[int]]  # from the number of frames that there are to those that are wanted
@@ -87,7 +92,7 @@ def _of_folder(path: str, choose: Choose) -> tuple[list[np.ndarray], Read]:
 def _of_video(path: str, choose: Choose) -> tuple[list[np.ndarray], Read]:
     import av
 
-    with av.open(path) as container:
+    with av.open(path, options=_OPENED) as container:
         if not container.streams.video:
             raise BrokenPicture("it has no video stream, so no frames")
         stream = container.streams.video[0]
@@ -110,7 +115,7 @@ def _decoded(path: str, wanted: Sequence[int], count: int) -> tuple[dict[int, np
     found: dict[int, np.ndarray] = {}
     times: list[int] = []
     last, keep, number = max(wanted), set(wanted), -1
-    with av.open(path) as container:
+    with av.open(path, options=_OPENED) as container:
         try:
             for number, frame in enumerate(container.decode(container.streams.video[0])):
                 times += [] if frame.pts is None else [frame.pts]

@@ -64,6 +64,18 @@ def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
     assert np.array_equal(np.stack(found), np.stack(pictures))
 
 
+@pytest.mark.parametrize(
+    "content", ["ffconcat version 1.0\nfile other.mp4\n", "#EXTM3U\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n"]
+)
+def test_a_list_named_like_a_video_opens_no_other_file(content, tmp_path):
+    pytest.importorskip("av")
+    write_video(tmp_path / "other.mp4", frames(0, 8, 1))
+    (tmp_path / "a.mp4").write_text(content)
+    with pytest.raises(BrokenPicture, match="no video that can be read"):
+        read_frames(str(tmp_path / "a.mp4"), lambda count: [0])
+    assert len(read_frames(str(tmp_path / "other.mp4"), lambda count: [0])[0]) == 1
+
+
 def test_frames_of_a_video_are_those_that_were_encoded(tmp_path):
     pytest.importorskip("av")
     pictures = frames(1, 13, seed=0)
@@ -231,7 +243,7 @@ def test_a_batch_has_the_frames_of_its_clips_normalised(root):
     for frame, pixels in zip(expected, found, strict=True):
         square = Image.fromarray(frame).resize((27, 24), Image.Resampling.BILINEAR)
         wanted = torch.tensor(np.asarray(square.crop((2, 0, 26, 24)))).permute(2, 0, 1)
-        assert (pixels - wanted).abs().max() < 1e-3  # measured 3.1e-5
+        assert (pixels - wanted).abs().max() < 1e-3  # measured 9.5e-6
 
 
 def test_views_lie_beside_one_another_in_evaluation_alone(root):

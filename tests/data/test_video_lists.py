@@ -148,7 +148,7 @@ def test_videos_need_pyav_and_folders_do_not(tmp_path, monkeypatch):
     lists_of = (tmp_path / "train.csv").read_text() + "c 1\n"
     (tmp_path / "train.csv").write_text(lists_of)
     with pytest.raises(
-        UserError, match=r"c.mp4 is a video, and reading one needs PyAV: pip install 'compressvit\[video\]'"
+        UserError, match=r"c.mp4 is a video, and reading one needs PyAV: pip install av, or compressvit\[video\]"
     ):
         open_data(Data(name="videos", root=str(tmp_path)))
 
