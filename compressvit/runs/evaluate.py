@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError, option
 from compressvit.model import cost, stored
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
-from compressvit.runs.folder import RESOLVED
+from compressvit.runs.files import read_results
+from compressvit.runs.folder import RESOLVED, RunFolder
 from compressvit.runs.job import pick_device, require_truth
 from compressvit.runs.requirement import Requirement
 from compressvit.runs.resources import resource_faults
@@ -147,6 +149,7 @@ def evaluate_path(
         **_costs(side, fmt, path),
         **scores,
         "intervals": intervals(scores),
+        "against_teacher": {} if fmt or overrides else _found_by_run(folder, task_of(model, recipe.data.usual_task)),
         "broken_images": datasets.broken.count,
         "data_notes": [asdict(note) for note in datasets.notes()],
         "weights_notes": [asdict(note) for note in (opened.notes if opened else ())],
@@ -159,6 +162,18 @@ def evaluate_path(
     for one in missed:
         complain("compressvit", f"--require {one.text}: {one.key} is {result[one.key]:g}")
     return 1 if missed else 0
+
+
+def _found_by_run(folder: Path, task: Task) -> dict[str, float]:
+    """The figures of a run's student against its teacher, as the run found them on the same images; none where they are not known."""
+    run = RunFolder(folder.parent)
+    if folder.resolve() != run.student.resolve() or not (run.path / "results.json").is_file():
+        return {}
+    with suppress(UserError):  # a damaged file is told by who reads the run
+        student = read_results(run.path).student
+        found = {quality.key: getattr(student, quality.key, None) for quality in task.against_teacher()}
+        return {key: value for key, value in found.items() if value is not None}
+    return {}
 
 
 def _costs(side: Side, fmt: Format | None, path: Path) -> dict[str, Any]:
@@ -205,11 +220,18 @@ def _print(result: dict[str, Any], model: nn.Module, recipe: Recipe, datasets: D
         print(f"data: {printable(note.text)}")
     for row in result["weights_notes"]:
         print(f"weights: {printable(row['text'])}")
+    against = task_of(model, recipe.data.usual_task).against_teacher()
+    known = result["against_teacher"]
+    if known:
+        found = (f"{quality.in_text} {quality.text(known[quality.key])}" for quality in against if quality.key in known)
+        print(f"beside its teacher, as the run found it: {', '.join(found)}")
     if not datasets.labelled:
-        print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
-    elif absent := " and no ".join(
-        quality.in_text for quality in task_of(model, recipe.data.usual_task).against_teacher()
-    ):
+        print(
+            "the images have no labels, so there is no accuracy"
+            + "; `apply` compares a student with its teacher" * (not known)
+        )
+    elif against and not known:
+        absent = " and no ".join(quality.in_text for quality in against)
         print(f"there is no {absent}: `apply` compares a student with its teacher")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from helpers.runs import done
 from helpers.training import VIT
@@ -67,12 +70,21 @@ def test_of_every_task_the_figures_against_a_teacher_are_known():
     assert all(key not in TASKS[name].graded for name, keys in found.items() for key in keys)
 
 
-def test_the_report_and_evaluate_say_so(finished):
+def test_the_report_and_evaluate_say_so(finished, tmp_path):
     run = read_run(finished)
     run.plan.figures = ["the latency depends on something"]
     assert "Figures: the latency depends on something." in details(run)
     text = "there is no agreement with the teacher and no cosine: `apply` compares a student with its teacher"
-    assert text in done("evaluate", finished)
+    student = run.results.student
+    found = f"as the run found it: agreement with the teacher {student.agreement:.2f} %, cosine {student.cosine:.4f}"
+    out = done("evaluate", finished)
+    assert found in out
+    assert text not in out
+    told = json.loads(done("evaluate", finished, "--json"))["against_teacher"]
+    assert told == {"agreement": student.agreement, "cosine": student.cosine}
+    assert text in done("evaluate", finished, "data.eval_batch_size=50"), "other images, for all that is known"
+    shutil.copytree(finished / "student", tmp_path / "student")
+    assert text in done("evaluate", tmp_path / "student", "data.name=digits")
 
 
 def test_accuracies_have_intervals_wherever_they_are_shown(finished):
