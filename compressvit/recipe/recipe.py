@@ -96,7 +96,9 @@ class Student(Spec):
 
     model: str | None = Field(None, description="A timm name; null for the teacher's.")
     weights: str = Field(
-        "teacher", description="teacher (copied name by name), pretrained, random, or the path of a file."
+        "teacher",
+        description="teacher (copied name by name), pretrained, random, the path of a file, or an artifact, e.g. RUN/student: the student "
+        "of an earlier run, its transforms included, which further steps go on with.",
     )
     backbone: str | None = Field(
         None,

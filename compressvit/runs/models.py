@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit.artifacts import artifact
 from compressvit.artifacts.artifact import is_plain
 from compressvit.data.spec import known_classes
 from compressvit.errors import UserError
@@ -274,8 +275,11 @@ def require_student_file(recipe: Recipe, teacher: nn.Module) -> list[Note]:
         return []
     if not weights_path(asked, "student.weights").exists():
         raise UserError(
-            f"student.weights: there is no file {asked}; it can be teacher, pretrained, random, or the path of a file"
+            f"student.weights: there is no file {asked}; it can be teacher, pretrained, random, or the path of a file or of an artifact"
         )
+    if (folder := _made_before(recipe)) is not None:
+        artifact.load(folder)
+        return []
     return weights.load_file(_empty_student(recipe, teacher), asked, "student.weights")
 
 
@@ -307,6 +311,9 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     asked = recipe.student
     if copies_teacher(recipe):
         return surgery.skeleton(teacher) if meta else surgery.deep_copy(teacher)
+    if (folder := _made_before(recipe)) is not None:
+        made = artifact.load(folder)
+        return surgery.skeleton(made) if meta else made
     student = _empty_student(recipe, teacher, device="meta" if meta else None)
     if meta:
         return student
@@ -319,6 +326,26 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     elif asked.backbone is not None:
         _load_backbone(asked.backbone, student, "student")
     return student
+
+
+def _made_before(recipe: Recipe) -> Path | None:
+    """The artifact that `student.weights` names, where it is the result of transforms: the student begins as it is, transforms and all.
+
+    Raises:
+        UserError: the recipe says besides which model it is.
+    """
+    asked = recipe.student
+    if asked.weights in ("teacher", "pretrained", "random") or asked.weights.startswith(HUB):
+        return None
+    folder = weights_path(asked.weights, "student.weights")
+    if not is_artifact(folder) or is_plain(folder):
+        return None
+    said = next((name for name, value in (("model", asked.model), ("args", asked.args)) if value), None)
+    if said is not None:
+        raise UserError(
+            f"student.{said}: {asked.weights} was made by transforms and says itself which model it is; leave student.{said} out"
+        )
+    return folder
 
 
 def _empty_student(recipe: Recipe, teacher: nn.Module, device: str | None = None) -> nn.Module:
