@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from compressvit.runs.files import Figures
+from compressvit.runs.files import Figures, StagePlan
 from compressvit.tasks.qualities import qualities
 
 if TYPE_CHECKING:
@@ -167,6 +167,19 @@ def _measures(*, adapted: bool = False) -> list[tuple[str, str, Callable[[Any], 
     ]
 
 
+def _stage_table(stages: Sequence[StagePlan]) -> Table:
+    """Where a student's parameters are; what blocks share has columns where they share anything."""
+    shared = any(row.shared for row in stages)
+    only = sum(row.stage.isdigit() for row in stages) == 1  # a ViT's
+    table = Table(title="Parameters of the student", title_justify="left")
+    for column in ("stage", "parameters", *(("shared by blocks", "private") if shared else ())):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in stages:
+        cells = [f"{row.parameters:,}", f"{row.shared:,}", f"{row.private:,}"]
+        table.add_row("blocks" if only and row.stage.isdigit() else row.stage, *cells[: 3 if shared else 1])
+    return table
+
+
 def print_plan(plan: RecipePlan, console: Console) -> None:
     """Tables for a person."""
     console.print(
@@ -183,12 +196,7 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
     for line in _input_lines(plan):
         console.print(line, highlight=False)
     if plan.stages:
-        table = Table(title="Parameters of the student", title_justify="left")
-        for column in ("stage", "parameters", "shared by blocks", "private"):
-            table.add_column(column, justify="left" if column == "stage" else "right")
-        for row in plan.stages:
-            table.add_row(row.stage, f"{row.parameters:,}", f"{row.shared:,}", f"{row.private:,}")
-        console.print(table)
+        console.print(_stage_table(plan.stages))
     for step in plan.steps:
         console.print(Text.assemble((step.step, "bold"), f"  {step.summary}"), highlight=False)
         if step.layers_rule:

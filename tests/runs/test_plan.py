@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -394,6 +395,18 @@ def test_a_student_that_is_not_chosen_yet_is_marked_below_its_costs(steps, waiti
     lines = [text.rstrip() for text in shown.getvalue().splitlines()]
     end = next(i for i, text in enumerate(lines) if text.startswith("└"))
     assert lines[end + 1].startswith("images") if line is None else lines[end + 1] == line
+
+
+def test_the_stage_table_has_columns_of_what_is_shared_where_anything_is():
+    def shown(name):
+        text = io.StringIO()
+        print_plan(plan_of(name), Terminal(file=text, width=200))
+        return text.getvalue()
+
+    assert "shared by blocks" not in shown("nothing")
+    assert re.search(r"blocks\W+[\d,]+\W+\n", shown("nothing"))
+    assert "shared by blocks" in shown("vit")
+    assert re.search(r"\n\W+0 .*\n\W+1 ", shown("swin")), "stages of a Swin by their numbers"
 
 
 def test_a_recipe_that_trains_nothing_says_so():
