@@ -120,9 +120,15 @@ VIDEO = {
 }
 
 
-@pytest.mark.parametrize(("name", "trained"), [("adaptformer_video", 1_189_632), ("repadapter_video", 73_776)])
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("adaptformer_video", 12 * (2 * 768 * 64 + 64 + 768)),
+        ("repadapter_video", 24 * (2 * 768 + 2 + 768 + 768)),
+    ],
+)
 def test_video_as_adaptformer_trains_it(name, trained):
-    """On a ViT-B of 12 blocks; two neurons of RepAdapter in two groups are 24 times 2 · 768 + 2 + 768 + 768."""
+    """On a ViT-B of 12 blocks: a bottleneck beside each MLP; one of two neurons in two groups before each attention and MLP."""
     recipe = load_recipe(name)
     spec, clip = recipe.steps[1].spec, recipe.data.clip
     assert {key: getattr(spec, key) for key in VIDEO} == VIDEO

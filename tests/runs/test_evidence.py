@@ -152,4 +152,4 @@ def test_validate_knows_the_head_of_a_pretrained_model(tmp_path):
         "validate", recipe
     )
     recipe = recipe_on(tmp_path, f"name: folder, root: {tmp_path / 'gone'}", text)
-    assert done("validate", recipe).endswith("recipe.yaml: valid")
+    assert done("validate", recipe).endswith(f"recipe.yaml: valid; data.root: there is no {tmp_path / 'gone'}")
