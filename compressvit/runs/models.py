@@ -15,7 +15,7 @@ from compressvit.data.spec import known_classes
 from compressvit.errors import UserError
 from compressvit.files import expanded, near
 from compressvit.model import surgery, weights
-from compressvit.model.backbone import body_of, model_name
+from compressvit.model.backbone import body_of, head_names, model_name
 from compressvit.model.hub import HUB, weights_path
 from compressvit.model.local_dir import LocalDir, read_local_dir
 from compressvit.model.modules import as_timm
@@ -172,7 +172,10 @@ def _classes_of_file(recipe: Recipe, args: dict[str, Any]) -> int | None:
     path = _file(recipe)
     if path is None or "num_classes" in args:
         return None
-    built = weights.build(recipe.teacher.model, args, device="meta")
+    built: Any = weights.build(recipe.teacher.model, args, device="meta")
+    own, heads = built.state_dict(), sorted(head_names(built))
+    if heads and len(own[heads[0]]) != built.num_classes:  # of a detector, which has more outputs than classes
+        return None
     return weights.classes_in_file(built, path, "teacher.weights") or None
 
 

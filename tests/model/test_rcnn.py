@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from torchvision.models import detection
@@ -15,6 +18,8 @@ from compressvit.model.cost import cost
 from compressvit.model.outputs import tensors_of
 from compressvit.model.ties import count_parameters
 from compressvit.model.weights import build, load_file
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.models import teacher_architecture
 from compressvit.transforms import LoRA, LowRank, Multiplex
 from compressvit.transforms.applying import compress
 
@@ -140,6 +145,16 @@ def test_weights_of_other_classes(tmp_path):
     model = detector("mask_rcnn")
     (note,) = load_file(model, file, "teacher.weights", new_head=True)
     assert "another number of classes" in note.text
+
+
+def test_the_outputs_in_a_file_are_not_taken_for_classes(tmp_path):
+    """Where `teacher.num_classes` is not given, that of a classifier's file is taken; here it has four outputs a class, and background's."""
+    artifact.save(detector("faster_rcnn"), tmp_path / "made")
+    shutil.move(tmp_path / "made" / "model.safetensors", tmp_path / "w.safetensors")
+    args = {key: value for key, value in SMALL.items() if key != "num_classes"}
+    teacher = {"model": "faster_rcnn", "args": args, "weights": str(tmp_path / "w.safetensors")}
+    content = {"teacher": teacher, "data": {"name": "coco", "root": str(tmp_path)}, "steps": [{"finetune": {}}]}
+    assert "num_classes" not in teacher_architecture(parse_recipe(json.dumps(content))).args
 
 
 def test_a_plain_vit_is_refused_by_the_name_asked():
