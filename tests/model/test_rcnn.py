@@ -148,7 +148,7 @@ def test_weights_of_other_classes(tmp_path):
 
 
 def test_the_outputs_in_a_file_are_not_taken_for_classes(tmp_path):
-    """Where `teacher.num_classes` is not given, that of a classifier's file is taken; here it has four outputs a class, and background's."""
+    """Without `teacher.num_classes` that of the classifier in the file is taken, which here has four outputs a class, and background."""
     artifact.save(detector("faster_rcnn"), tmp_path / "made")
     shutil.move(tmp_path / "made" / "model.safetensors", tmp_path / "w.safetensors")
     args = {key: value for key, value in SMALL.items() if key != "num_classes"}
