@@ -158,6 +158,11 @@ def evaluate_path(
         print(json.dumps(result, indent=2))
     else:
         _print(result, model, recipe, datasets)
+    return _met(wanted, result)
+
+
+def _met(wanted: Sequence[Requirement], result: dict[str, Any]) -> int:
+    """The exit code, once every requirement that is not met is told."""
     missed = [one for one in wanted if not one.met(result)]
     for one in missed:
         complain("compressvit", f"--require {one.text}: {one.key} is {result[one.key]:g}")

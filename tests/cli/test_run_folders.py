@@ -159,7 +159,8 @@ def test_evaluate_an_artifact_on_its_own(finished, tmp_path):
     code, out, _ = run("evaluate", alone, "data.name=digits", "data.limit_val=32", "--json")
     assert code == 0
     inside = json.loads(run("evaluate", finished / "student", "--json")[1])
-    assert {**json.loads(out), "path": ""} == {**inside, "path": ""}
+    assert inside["against_teacher"].keys() == {"agreement", "cosine"}
+    assert {**json.loads(out), "path": ""} == {**inside, "path": "", "against_teacher": {}}
 
 
 def test_evaluate_the_teacher_of_a_run_on_fewer_images(finished):
