@@ -28,17 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
+from detector_runs import FOUND, detections, difference_text, differences, matches, mean_and_each
 from lors_cells import CELLS, compared_with, order
 from minivit_ablation import run
-from paired_precision import Matches, intervals
 from rich.console import Console
 from torch import nn
 
 from compressvit.artifacts import artifact
-from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.files import write_json, write_text
 from compressvit.model import ties
@@ -46,9 +44,6 @@ from compressvit.model.detectors import adamixer
 from compressvit.model.weights import build
 from compressvit.recipe.recipe import Recipe, parse_recipe
 from compressvit.recipe.shipped import find_recipe
-from compressvit.runs.evaluate import trained_side
-from compressvit.tasks.base import task_of
-from compressvit.training.evaluate import evaluate
 from compressvit.transforms import Transform
 from compressvit.transforms.applying import apply_plans
 
@@ -57,7 +52,6 @@ LEAST = 30.0  # AP50 of the dense detector in percent, below which a comparison 
 HEAD = (
     "| decoder | AP, mean (each seed) | AP50 | AP less dense [95 % over images] ± seeds | AP50 less dense | minutes |"
 )
-FOUND = "found.json"  # what a cell finds in the held-out images
 
 
 # ------------------------------------------------------------------------------------------------------------- what is run
@@ -98,8 +92,8 @@ class Benchmark:
         text = yaml.safe_dump(content, sort_keys=False)
         results = run(text, folder, Console(quiet=True))
         if not self.finished(name, seed):
-            found = detections(folder / "student", parse_recipe(text))
-            write_json(folder / FOUND, found)
+            decoder = ties.count_parameters(artifact.load(folder / "student").get_submodule("decoder"))
+            write_json(folder / FOUND, {"decoder": decoder, **detections(folder / "student", parse_recipe(text))})
         for part in (
             ("checkpoints",) if CELLS[name].dense else ("checkpoints", "student")
         ):  # others start from a dense student
@@ -117,46 +111,6 @@ class Benchmark:
             "before_training": phase["start"] and {key: phase["start"][key] for key in ("ap", "ap50")},
             "minutes": results["seconds"] / 60,
         }
-
-    def matches(self, name: str, seed: int) -> Matches:
-        """What a cell found, matched to the annotated boxes."""
-        content = json.loads((self.folder(name, seed) / FOUND).read_text())
-        truth, found = (
-            [np.asarray(boxes).reshape(-1, width) for boxes in content[key]]
-            for key, width in (("truth", 5), ("found", 6))
-        )
-        return Matches(truth, found, content["classes"], content["crowd"])
-
-
-def detections(student: Path, recipe: Recipe) -> dict[str, Any]:
-    """What a trained detector finds in the held-out images, and what is there, in pixels of the pictures on disk."""
-    model = artifact.load(student)
-    datasets = open_data(recipe.data)
-    side = trained_side(model, recipe.data, ())
-    content: dict[str, Any] = {
-        "classes": model.num_classes,
-        "decoder": ties.count_parameters(model.get_submodule("decoder")),
-        "truth": [],
-        "crowd": [],
-        "found": [],
-    }
-
-    def note(images: torch.Tensor, targets: Any, outputs: Any, expected: Any) -> None:
-        for target, found in zip(targets, outputs, strict=True):
-            content["truth"].append(_rows(target["boxes"], target["size"], target["labels"]))
-            content["crowd"].append(target["crowd"].tolist())
-            content["found"].append(_rows(found.boxes, target["size"], found.scores, found.labels))
-
-    device = torch.device("cpu")
-    evaluate(side, eval_loader(datasets, recipe.data, side.input, device), device, task=task_of(model), watch=note)
-    return content
-
-
-def _rows(boxes: torch.Tensor, size: torch.Tensor, *more: torch.Tensor) -> list[list[float]]:
-    """(x, y, width, height, …) in pixels of boxes in widths and heights of an image."""
-    scaled = boxes.double() * size.flip(0).repeat(2)
-    placed = torch.cat([scaled[:, :2], scaled[:, 2:] - scaled[:, :2]], dim=1).tolist()
-    return [[*box, *rest] for box, *rest in zip(placed, *(values.tolist() for values in more), strict=True)]
 
 
 @contextmanager
@@ -231,7 +185,7 @@ def _taken(function: Callable[[], Any]) -> float:
 
 def summary(benchmark: Benchmark, figures: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
     """Every finished cell: figures by seed, and its differences from the dense detector."""
-    matches = {(name, seed): benchmark.matches(name, seed) for name, seed in figures}
+    found = {(name, seed): matches(benchmark.folder(name, seed)) for name, seed in figures}
     content: dict[str, Any] = {}
     for name in CELLS:
         seeds = [seed for other, seed in figures if other == name]
@@ -242,16 +196,7 @@ def summary(benchmark: Benchmark, figures: Mapping[tuple[str, int], Mapping[str,
         pairs = [seed for seed in seeds if (dense, seed) in figures]
         if name == dense or not pairs:
             continue
-        over_images = intervals([matches[name, seed] for seed in pairs], [matches[dense, seed] for seed in pairs])
-        for key in ("ap", "ap50"):
-            differences = [figures[name, seed][key] - figures[dense, seed][key] for seed in pairs]
-            content[name][f"{key}_difference"] = {
-                "from": dense,
-                "seeds": pairs,
-                "mean": statistics.mean(differences),
-                "deviation_of_seeds": statistics.stdev(differences) if len(pairs) > 1 else None,
-                "interval_over_images": over_images[key],
-            }
+        content[name] |= differences(figures, found, (name, dense), pairs)
     return content
 
 
@@ -269,24 +214,14 @@ def _row(name: str, entry: Mapping[str, Any]) -> str:
     seeds = list(entry["seeds"].values())
     text = CELLS[name].text
     if CELLS[name].trained and CELLS[name].steps:
-        text += f"; before training {_mean([seed['before_training']['ap'] for seed in seeds])} AP"
-    columns = [text, f"{seeds[0]['decoder']:,}", *(_mean([seed[key] for seed in seeds]) for key in ("ap", "ap50"))]
-    for key in ("ap_difference", "ap50_difference"):
-        found = entry.get(key)
-        columns.append("" if found is None else _difference(found))
+        text += f"; before training {mean_and_each([seed['before_training']['ap'] for seed in seeds])} AP"
+    columns = [
+        text,
+        f"{seeds[0]['decoder']:,}",
+        *(mean_and_each([seed[key] for seed in seeds]) for key in ("ap", "ap50")),
+    ]
+    columns += [difference_text(entry.get(key)) for key in ("ap_difference", "ap50_difference")]
     return f"| {' | '.join(columns)} | {statistics.mean(seed['minutes'] for seed in seeds):.0f} |"
-
-
-def _mean(values: Sequence[float]) -> str:
-    each = ", ".join(f"{value:.1f}" for value in values)
-    return f"{statistics.mean(values):.2f} ({each})"
-
-
-def _difference(found: Mapping[str, Any]) -> str:
-    low, high = found["interval_over_images"]
-    deviation = found["deviation_of_seeds"]
-    over_seeds = "" if deviation is None else f" ± {deviation:.2f}"
-    return f"{found['mean']:+.2f} [{low:+.2f}, {high:+.2f}]{over_seeds}"
 
 
 def write(benchmark: Benchmark, cells: Sequence[tuple[str, int]]) -> None:
@@ -302,8 +237,8 @@ def require_objects_found(benchmark: Benchmark, name: str, seeds: Sequence[int])
     found = [benchmark.cell(name, seed)["ap50"] for seed in seeds if benchmark.finished(name, seed)]
     if found and statistics.mean(found) < LEAST:
         raise SystemExit(
-            f"the comparison is void: {CELLS[name].text} reaches AP50 {_mean(found)} %, and below {LEAST:.0f} % it finds too little to "
-            "compare; give more epochs, another learning rate, or more images"
+            f"the comparison is void: {CELLS[name].text} reaches AP50 {mean_and_each(found)} %, and below {LEAST:.0f} % it finds too "
+            "little to compare; give more epochs, another learning rate, or more images"
         )
 
 

@@ -6,7 +6,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +38,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 `evaluate --require` was not met, 2 something asked for cannot be done, 70 a fault of ours,
     128 + N stopped by signal N."""
-    parser = _parser()
+    parser, verbs = _parser()
+    _require_known_verb(sys.argv[1:] if argv is None else argv, parser, verbs)
     # argparse stops collecting key=value arguments at the first option and returns later ones as unknown.
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
@@ -58,6 +59,14 @@ def program() -> int:
         return main()
     finally:
         gc.freeze()
+
+
+def _require_known_verb(words: Sequence[str], parser: argparse.ArgumentParser, verbs: Iterable[str]) -> None:
+    """End the program if the first word is no verb, and name the one that it is like."""
+    word = next(iter(words), "-")
+    if not (word.startswith("-") or word in verbs):
+        recipe = f"; to run a recipe: compressvit apply {word}" if word.endswith((".yaml", ".yml")) else ""
+        parser.error(f"there is no verb {word!r}{recipe or '; ' + did_you_mean(word, verbs, list_at_most=20)}")
 
 
 def _as_override(rest: Sequence[str]) -> str:
@@ -83,7 +92,8 @@ def _run_folder(arguments: argparse.Namespace) -> Path | None:
     return Path(arguments.output) if arguments.run in (_apply, run_shrink) and arguments.output else None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of its verbs."""
     parser = argparse.ArgumentParser(
         prog="compressvit",
         description="Compress and distil a pretrained vision transformer, or adapt it to a task,\nand report the result.",
@@ -119,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         add_schema,
     ):
         add(verb)
-    return parser
+    return parser, list(verbs.choices)
 
 
 def _add_apply(verb: Verb) -> None:

@@ -213,7 +213,7 @@ def verbs_page() -> str:
     parts = ["# The command line\n", "What `--help` says.\n"]
     before, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "80"
     try:
-        for parser in parsers(_parser()):
+        for parser in parsers(_parser()[0]):
             parts += [f"## {parser.prog}\n", f"```text\n{parser.format_help()}```\n"]
     finally:
         os.environ.pop("COLUMNS")

@@ -129,6 +129,15 @@ def test_a_path_that_is_too_long_is_a_sentence(verb, tmp_path):
     assert len(message) < 2500
 
 
+def test_a_verb_that_is_none():
+    for word, hint in (
+        ("aply", "there is no verb 'aply'; did you mean 'apply'? (known: shrink, apply, "),
+        ("mine.yaml", "there is no verb 'mine.yaml'; to run a recipe: compressvit apply mine.yaml"),
+    ):
+        code, _, err = run(word, "quickstart")
+        assert (code, hint in err) == (2, True), err
+
+
 def test_a_setting_that_is_written_as_an_option():
     for words, hint in (
         (
