@@ -22,7 +22,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ import yaml
 from detector_runs import FOUND, detections, difference_text, differences, matches, mean_and_each
 from lors_cells import CELLS, compared_with, order
 from minivit_ablation import run
+from resumable import seconds_of
 from rich.console import Console
 from torch import nn
 
@@ -169,15 +170,9 @@ def _seconds(recipe: Recipe, args: Mapping[str, Any]) -> tuple[float, float, flo
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(recipe.data.batch_size, 3, *model.img_size, generator=generator)
     box = {"boxes": torch.tensor([[0.1, 0.2, 0.5, 0.6]] * 3), "labels": torch.zeros(3, dtype=torch.long)}
-    times = [_taken(lambda: model(images)) for _ in range(3)]
-    steps = [_taken(lambda: sum(model(images).losses([box] * len(images)).values()).backward()) for _ in range(2)]
+    times = [seconds_of(lambda: model(images)) for _ in range(3)]
+    steps = [seconds_of(lambda: sum(model(images).losses([box] * len(images)).values()).backward()) for _ in range(2)]
     return times[0], min(times[1:]), min(steps)
-
-
-def _taken(function: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables

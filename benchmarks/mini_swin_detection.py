@@ -28,6 +28,7 @@ import torch
 import yaml
 from detector_runs import FOUND, detections, difference_text, differences, matches, mean_and_each
 from minivit_ablation import run
+from resumable import seconds_of
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -146,17 +147,11 @@ def minutes(benchmark: Benchmark, name: str, train: int, held_out: int) -> float
         with torch.no_grad():
             model.eval()(images)
 
-    of_step, of_forward = (min(_taken(function) for _ in range(2)) for function in (step, forward))
+    of_step, of_forward = (min(seconds_of(function) for _ in range(2)) for function in (step, forward))
     taught = of_forward if CELLS[name].losses else 0.0
     evaluations = 3  # before and after training, and of the student at the end
     epochs = recipe.steps[-1].spec.epochs
     return (epochs * (train // batch) * (of_step + taught) + evaluations * held_out / batch * of_forward) / 60
-
-
-def _taken(function: Any) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def write(benchmark: Benchmark, seeds: Sequence[int]) -> None:

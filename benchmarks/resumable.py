@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +57,13 @@ def expected_minutes(crops: int, done: Contents) -> float:
         for content in done.values()
     ]
     return max(each, default=0.0)
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """The seconds that one call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def run(benchmark: Benchmark, cells: Sequence[str], hours: float) -> None:

@@ -80,11 +80,16 @@ class Overlap:
         parts = (true[said == true], true, said)
         self._images.append(torch.stack([torch.bincount(part, minlength=self.classes) for part in parts]).cpu())
 
-    def by_class(self) -> list[tuple[int, float | None]]:
-        """Of every class in how many pictures it is, and its IoU in percent; None where it neither is nor was found."""
+    def counts(self) -> Tensor:
+        """Of each picture and class pixels that were found, that are, and that were said to be: int64 (images, 3, C)."""
         import torch
 
-        images = torch.stack(self._images)
+        return torch.stack(self._images)
+
+    def by_class(self) -> list[tuple[int, float | None]]:
+        """Of every class in how many pictures it is, and its IoU in percent; None where it neither is nor was found."""
+
+        images = self.counts()
         shared, true, said = images.sum(0).double()
         union = 100 * shared / (true + said - shared)
         return list(zip((images[:, 1] > 0).sum(0).tolist(), map(_number, union), strict=True))
@@ -96,15 +101,14 @@ class Overlap:
             theirs: of the teacher for the same pictures; adds its own figures (`teacher_…`), and by how many points it is above
                 (`miou_behind`) with the ends of that interval, which is drawn image by image.
         """
-        import torch
 
         if not self._images:
             return dict.fromkeys(FIGURES)
-        ours = _figures(torch.stack(self._images))
+        ours = sampled(self.counts())
         found = _as_result("", ours)
         if theirs is None:
             return found
-        others = _figures(torch.stack(theirs._images))
+        others = sampled(theirs.counts())
         behind = {f"{key}_behind": others[key] - ours[key] for key in FIGURES}
         return {**found, **_as_result("teacher_", others), **_as_result("", behind)}
 
@@ -124,8 +128,9 @@ def _drawn(images: int) -> Iterator[Tensor]:
         left -= len(chosen)
 
 
-def _figures(images: Tensor) -> dict[str, Tensor]:
-    """Each figure in percent for every sample, NaN where it judges no pixel; of counts (images, 3, C)."""
+def sampled(images: Tensor) -> dict[str, Tensor]:
+    """Each figure in percent for every sample of pictures, the first of which has each of them once, NaN where it judges no pixel; of
+    `Overlap.counts`. Samples are the same for every model, so that differences of two are drawn picture by picture."""
     import torch
 
     counts = images.double().flatten(1)
