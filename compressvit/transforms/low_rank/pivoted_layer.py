@@ -48,6 +48,17 @@ class Ordered(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
+@torch.fx.wrap  # a trace takes it as it is: it asks where its channels are
+def channels(x: torch.Tensor, dim: int, which: torch.Tensor) -> torch.Tensor:
+    """`x.index_select(dim, which)`. On a CPU, along the last dimension, `gather` gives the same in half of the time or less (of 257 tokens
+    of 384 channels, forward and backward); graphs keep `index_select`, which other runtimes have a fast form of."""
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():
+        return x.index_select(dim, which)
+    if x.device.type != "cpu" or dim % x.ndim != x.ndim - 1:
+        return x.index_select(dim, which)
+    return x.gather(dim, which.expand(*x.shape[:-1], len(which)))
+
+
 class Split(Ordered):
     """The first `size` channels in an order of the channels of x, and the others.
 
@@ -61,7 +72,7 @@ class Split(Ordered):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first, others = self.order[: self.size], self.order[self.size :]
-        return x.index_select(self.dim, first), x.index_select(self.dim, others)
+        return channels(x, self.dim, first), channels(x, self.dim, others)
 
 
 class Join(Ordered):
@@ -72,7 +83,7 @@ class Join(Ordered):
     """
 
     def forward(self, first: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        return torch.cat((first, others), self.dim).index_select(self.dim, self.order)
+        return channels(torch.cat((first, others), self.dim), self.dim, self.order)
 
 
 class Pivoted(Factored):

@@ -22,7 +22,14 @@ from compressvit.transforms import SSF, LoRA
 from compressvit.transforms.align import matched_weights
 from compressvit.transforms.applying import materialise, plan_transforms
 from compressvit.transforms.low_rank.layer import Factored, factor, set_bias_, unfactor
-from compressvit.transforms.low_rank.pivoted_layer import PivotedInputs, PivotedOutputs, is_pivoted, pivot
+from compressvit.transforms.low_rank.pivoted_layer import (
+    PivotedInputs,
+    PivotedOutputs,
+    Split,
+    channels,
+    is_pivoted,
+    pivot,
+)
 from compressvit.transforms.record import compression_of, trained_names
 
 WEIGHTS = {"metric": "weights"}
@@ -274,3 +281,15 @@ def test_the_full_rank_saves_nothing():
 def test_noise_has_no_rows_to_keep():
     with pytest.raises(ValueError, match="pivoted: true stores rows of the teacher's weights, which init: scratch"):
         LowRank(rank=3, init="scratch", pivoted=True)
+
+
+def test_channels_are_gathered_where_that_is_faster_and_selected_in_graphs():
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    for dim, count in ((-1, 7), (3, 7), (1, 3), (0, 2)):
+        order = torch.randperm(count)[: count - 1]
+        assert torch.equal(channels(x, dim, order), x.index_select(dim, order))
+    assert torch.autograd.gradcheck(lambda x: channels(x, -1, torch.tensor([4, 0, 6])), x)
+    split = Split(7, 3, dim=-1)
+    called = [str(node.target) for node in torch.export.export(split, (x.detach(),)).graph.nodes]
+    assert sum("index_select" in name for name in called) == 2
+    assert not any("gather" in name for name in called)
