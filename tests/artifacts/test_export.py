@@ -18,6 +18,7 @@ from compressvit.model.weights import build
 from compressvit.tasks.base import task_of
 from compressvit.transforms import LORS, AdaptiveLORS, LowRank
 from compressvit.transforms.applying import compress
+from compressvit.transforms.low_rank.pivoted_layer import pivot
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "window_size": 2}
@@ -226,6 +227,40 @@ def test_a_classifier_in_onnx_gives_logits(tmp_path):
 
 
 @pytest.mark.wide
+def test_channels_are_taken_as_rows_in_onnx(tmp_path):
+    onnx, runtime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12))
+    pivot(layers, "0", 4), pivot(layers, "1", 4)
+    for layer, (inputs, outputs) in zip(layers, ((12, 20), (20, 12)), strict=True):
+        layer.set_factors(torch.randn(outputs, 4), torch.randn(4, inputs))
+    orders = [layers[0].split.order[4:], layers[1].join.order]
+
+    class Both(nn.Module):
+        """Pivoted layers after a linear one of pixels, along the last axis, and channels that are taken along another."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layers = nn.Conv2d(3, 12, 2, 2), layers
+
+        def forward(self, images):
+            x = self.layers(self.stem(images).permute(0, 2, 3, 1))
+            return x.index_select(2, torch.tensor([2, 0])).flatten(1), x.index_select(-1, torch.tensor(3)).flatten(1)
+
+    model, images = Both().eval(), torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    export.write_onnx(export.Graph(program, ("rows", "columns")), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    axes = [node.attribute[0].i for node in graph.node if node.op_type == "Gather"]
+    assert axes[:3] == [2] * 3  # of (B, 4, 4, C): not the last
+    assert len(axes) >= len(orders) + 2
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for found, expected in zip(session.run(None, {"images": images.numpy()}), model(images), strict=True):
+        assert (torch.from_numpy(found) - expected).abs().max() < 1e-5 * expected.abs().max()  # measured 2.0e-7
+
+
 def test_weights_of_a_large_model_lie_beside_it(monkeypatch, tmp_path):
     pytest.importorskip("onnxscript")
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
