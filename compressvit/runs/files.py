@@ -200,8 +200,9 @@ class PlannedTeacher(Costs):
 
 
 class CachePlan(RunFile):
-    """The files of a teacher's answers: at most `bytes`, which is None while the number of `images` is not known."""
+    """The files of a cache, `of` answers or features: at most `bytes`, which is None while the number of `images` is not known."""
 
+    of: str = "the teacher's answers"
     views: int
     answer_bytes: int
     images: int | None = None

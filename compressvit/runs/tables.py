@@ -37,13 +37,13 @@ def megabytes(size: float) -> str:
 
 
 def cache_text(cache: CachePlan) -> str:
-    """What the teacher's answers take on the disk."""
+    """What a cache takes on the disk."""
     views = f"{cache.views} view{'s' * (cache.views > 1)}"
     if cache.images is None or cache.bytes is None:
         size = megabytes(1000 * cache.views * cache.answer_bytes)
-        return f"the teacher's answers: {views} in {cache.answer_bytes:,} bytes an image, {size} for every 1,000 images"
+        return f"{cache.of}: {views} in {cache.answer_bytes:,} bytes an image, {size} for every 1,000 images"
     size = megabytes(cache.bytes)
-    return f"the teacher's answers: {views} of {cache.images:,} images in {cache.answer_bytes:,} bytes each, {size} when all are there"
+    return f"{cache.of}: {views} of {cache.images:,} images in {cache.answer_bytes:,} bytes each, {size} when all are there"
 
 
 def cost_text(unit: str, value: float) -> str:
