@@ -38,7 +38,7 @@ class Cut:
     @property
     def words(self) -> str:
         """What messages call what is before it."""
-        return self.path or "all before the classifier"
+        return f"the {self.path}" if self.path else "what is before the classifier"
 
     def before(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """The modules before the cut, by their paths in the model."""
