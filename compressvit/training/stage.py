@@ -98,6 +98,7 @@ class Stage:
         loader = self.loader()
         assert self.teacher is not None or not taught, "only the teacher itself is trained without one"
         model.to(self.device)
+        kept = None if cache is None else cache(loader)
         with self.watching(model, phase.name) as watches:
             return train(
                 Side(model, self.input),
@@ -110,10 +111,10 @@ class Stage:
                 batch_size=self.batch_size,
                 device=self.device,
                 log=self.log,
-                evaluate=self.evaluate,
+                evaluate=self.evaluate if kept is None else kept.evaluating(self.evaluate),
                 task=self.task,
                 teacher=self.teacher if taught else None,
-                cache=None if cache is None else cache(loader),
+                cache=kept,
                 watches=watches,
                 measure=lambda judged, epoch, last: self.measure(phase.name, judged, epoch, last),
             )

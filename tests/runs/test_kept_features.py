@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers.masked_scenes import with_masks
 from helpers.moving import with_clips
-from helpers.runs import done, refused, run, student_bytes
+from helpers.runs import done, metrics, refused, run, student_bytes
 from helpers.scenes import with_scenes
 from helpers.together import together
 from helpers.training import VIT
@@ -20,7 +20,7 @@ from helpers.training import VIT
 from compressvit.artifacts import artifact
 from compressvit.model.families.adamixer import SMALL
 from compressvit.training import step
-from compressvit.training.cache import features
+from compressvit.training.cache import features, held_out
 from compressvit.training.cache.store import INDEX, Store, read_index
 
 INSIDE = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
@@ -202,7 +202,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(batch, file, monkeypatch
 def test_damaged_features_are_told_and_computed_again(file, computed):
     first = student_bytes(apply(file, "first"))
     folder = cache_of(file)
-    assert "features of vit_tiny_patch16_224: 2 views of 26 images" in done("cache", "verify", folder.parent)
+    told = done("cache", "verify", folder.parent)
+    assert "features of vit_tiny_patch16_224: 2 views of 26 images" in told
+    assert ": 16 features of vit_tiny_patch16_224: 1 view of 16 images" in told
     row = read_index(folder).bytes + 4
     whole = bytearray((folder / "view-00001.bin").read_bytes())
     place = next(i for i in range(26) if any(whole[i * row : i * row + row]))
@@ -222,15 +224,16 @@ def test_plan_says_what_the_files_take(file):
         "of": "the features of what is before the classifier",
         "views": 2,
         "answer_bytes": 4 * 16 + 4,
+        "held_out_bytes": 4 * 16 + 16 + 4,
         "images": None,
+        "held_out": None,
         "bytes": None,
     }
     folder = apply(file, "run")
-    files = {path.name: path.stat().st_size for path in cache_of(file).iterdir()}
-    assert files.pop(INDEX) < 4096
-    assert sum(files.values()) == 2 * 26 * planned["answer_bytes"]
+    sizes = [path.stat().st_size for path in cache_of(file).rglob("*") if path.is_file() and path.name != INDEX]
+    assert sum(sizes) == 2 * 26 * planned["answer_bytes"] + 16 * planned["held_out_bytes"] == 4880
     told = " ".join((folder / "run.log").read_text().split())
-    assert "the features of what is before the classifier: 2 views of 26 images in 68 bytes each" in told
+    assert "before the classifier: 2 views of 26 images in 68 bytes each, and 16 held out in 84, 4.9 kB when" in told
     assert not (file.parent / "teacher_cache").exists()
 
 
@@ -248,6 +251,56 @@ def test_a_teacher_is_trained_on_kept_features(tmp_path, computed):
     assert "cache.limit_gb is 1e-06" in refused(
         "apply", file, "--output", tmp_path / "other", "teacher.finetune.cache.limit_gb=0.000001"
     )
+
+
+def test_evaluations_read_what_is_held_out(file, monkeypatch):
+    """With the figures of features that are computed: they are kept exactly, whatever `dtype` says."""
+    seen, original = [], held_out.HeldOut._take
+
+    def counted(self, images, compute):
+        before = self.asked
+        found = original(self, images, compute)
+        seen.append(self.asked - before)
+        return found
+
+    monkeypatch.setattr(held_out.HeldOut, "_take", counted)
+    words = (f"{STEP}.cache.dtype=int8", f"{STEP}.keep=best", f"{STEP}.ema=0.5", "data.limit_val=20")
+    first = apply(file, "first", *words)
+    assert seen == [8, 8, 4] + 3 * [0, 0, 0]  # after every epoch
+    figures = metrics(first, kind="evaluate")
+    with monkeypatch.context() as patch:
+        patch.setattr(held_out.HeldOut, "evaluating", lambda self, evaluate: evaluate)
+        computed = metrics(apply(file, "computed", *words), kind="evaluate")
+    assert [{**line, "time": 0} for line in figures] == [{**line, "time": 0} for line in computed]
+    seen.clear()
+    apply(file, "other", *words, f"{STEP}.lr=0.1")
+    assert set(seen) == {0}
+    log = " ".join((file.parent / "other" / "run.log").read_text().split())
+    assert "; of held-out images 80 and 0" in log
+
+
+def test_an_image_never_has_the_held_out_features_of_another(file, monkeypatch):
+    """What is asked for in another order than before is computed."""
+    places, original = [], held_out.HeldOut._places
+    first = metrics(apply(file, "first"), kind="evaluate")
+
+    def moved(self, count):
+        places.append([(place + 1) % 16 for place in original(self, count)])
+        return places[-1]
+
+    monkeypatch.setattr(held_out.HeldOut, "_places", moved)
+    again = metrics(apply(file, "again"), kind="evaluate")
+    assert places
+    assert [line["loss"] for line in again] == [line["loss"] for line in first]
+
+
+def test_held_out_images_beyond_the_limit_are_computed(file):
+    size = 2 * 26 * 68
+    folder = apply(file, "run", f"{STEP}.cache.limit_gb={(size + 100) / 1e9}")
+    assert not list(cache_of(file).glob("held_out*"))
+    log = " ".join((folder / "run.log").read_text().split())
+    assert "2 views of 26 images in 68 bytes each, 3.5 kB when" in log
+    assert "of held-out images" not in log
 
 
 @pytest.fixture(scope="module")

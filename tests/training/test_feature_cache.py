@@ -37,7 +37,7 @@ def opened(model: nn.Module, folder) -> FeatureCache:
     cut = cut_of(model)
     form = form_of_features(EXACT, side(model), cut)
     create(folder, index := Index(images=12, bytes=form.bytes, identity={}))
-    return FeatureCache(cut, EXACT, 1, form, Store(folder, index))
+    return FeatureCache(cut, None, EXACT, 1, form, Store(folder, index))
 
 
 def trained_step(model: nn.Module, cache: FeatureCache | None, images: torch.Tensor) -> dict[str, torch.Tensor]:

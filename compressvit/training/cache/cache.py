@@ -58,6 +58,10 @@ class Kept:
         """The features of the trained model, where they are kept."""
         return None
 
+    def evaluating(self, evaluate: Callable[[nn.Module], dict[str, Any]]) -> Callable[[nn.Module], dict[str, Any]]:
+        """An evaluation during the phase, with what is kept of it."""
+        return evaluate
+
     @torch.no_grad()
     def remember(self, images: torch.Tensor, shown: Shown, ask: Callable[[torch.Tensor], tuple[Any, ...]]) -> Any:
         """What `ask` gives for images (B, …), as the form decodes it: read where it is there, else asked and kept."""
@@ -172,7 +176,7 @@ def taken(spec: Cache | FeatureFiles, views: int, index: Index, beside: Path, ho
     folder = beside / identity.name_of(index.identity)
     if spec.folder is not None:
         folder = expanded(spec.folder, "cache.folder")
-    processes.led(lambda: _take(folder, index, *holds))
+    processes.led(lambda: make(folder, index, *holds))
     return Store(folder, index)
 
 
@@ -211,7 +215,7 @@ def _identity(
     }
 
 
-def _take(folder: Path, index: Index, whole: str, of: str) -> None:
+def make(folder: Path, index: Index, whole: str, of: str) -> None:
     """Make the folder a cache, or see that it is the one that is meant."""
     if not (folder / INDEX).exists():
         if not is_free(folder):

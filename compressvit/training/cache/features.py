@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressvit import processes
 from compressvit.data.input import Side
+from compressvit.data.samples import Samples
 from compressvit.errors import UserError
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, family_of, model_name
@@ -25,12 +26,14 @@ from compressvit.model.shapes import RememberedShapes
 from compressvit.training import optimisation as opt
 from compressvit.training.asking import Shown
 from compressvit.training.cache import identity
-from compressvit.training.cache.cache import Kept, taken
-from compressvit.training.cache.form import TENSORS, Part, rows_of
+from compressvit.training.cache.cache import Kept, make, taken
+from compressvit.training.cache.form import TENSORS, Singles, TensorPart, rows_of
+from compressvit.training.cache.held_out import HASH, HeldOut
 from compressvit.training.cache.spec import Features
-from compressvit.training.cache.store import Index
+from compressvit.training.cache.store import HELD_OUT, Index, Store, view_bytes
 from compressvit.training.spec import Training
 
+_HOLDS = ("features of a model", "features of")
 _SAME = 1e-3  # of the largest value: how far features in training may be from those in eval mode
 _RATES = ("p", "drop_prob", "prob", "dropout")  # as torch and timm call the probability of leaving something out
 
@@ -43,7 +46,7 @@ class FeatureForm:
         listed: whether the model has them as a list, or one without.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     listed: bool
 
     @property
@@ -107,17 +110,24 @@ class FeatureCache(Kept):
 
     whose = "what is frozen"
 
-    def __init__(self, cut: Cut, *args: Any):
+    def __init__(self, cut: Cut, held_out: HeldOut | None, *args: Any):
         super().__init__(*args)
-        self.cut = cut
+        self.cut, self._held_out = cut, held_out
 
     def within(self, model: nn.Module) -> _Given:
         return _Given(self, model)
 
+    def evaluating(self, evaluate: Callable[[nn.Module], dict[str, Any]]) -> Callable[[nn.Module], dict[str, Any]]:
+        return evaluate if self._held_out is None else self._held_out.evaluating(evaluate)
+
     def _words(self, read: int, asked: int) -> str:
-        return (
-            f"the features of {read:,} images were read from {self.store.folder}, and those of {asked:,} were computed"
-        )
+        where = self.store.folder
+        told = f"the features of {read:,} images were read from {where}, and those of {asked:,} were computed"
+        if self._held_out is None:
+            return told
+        counts = processes.gathered((self._held_out.read, self._held_out.asked))
+        read, asked = (sum(each) for each in zip(*counts, strict=True))
+        return f"{told}; of held-out images {read:,} and {asked:,}"
 
 
 class _Given:
@@ -206,8 +216,6 @@ def planned_features(spec: Features, training: Training, side: Side) -> dict[str
     Raises:
         UserError: the features cannot be kept.
     """
-    from compressvit.training.cache.store import view_bytes
-
     cut = cut_of(side.model)
     refuse_moving(side.model, training, cut)
     form = form_of_features(spec, side, cut)
@@ -215,6 +223,7 @@ def planned_features(spec: Features, training: Training, side: Side) -> dict[str
         "of": f"the features of {cut.words}",
         "views": spec.views or training.epochs,
         "answer_bytes": view_bytes(1, form.bytes),
+        "held_out_bytes": view_bytes(1, sum(Singles(part.shape).bytes for part in form.parts) + HASH),
     }
 
 
@@ -248,5 +257,26 @@ def open_features(spec: Features, training: Training, loader: Any, side: Side, b
     }
     index = Index(images=found["data"]["images"], bytes=form.bytes, identity=found)
     views = spec.views or training.epochs
-    store = taken(spec, views, index, beside.parent / "feature_cache", ("features of a model", "features of"))
-    return FeatureCache(cut, spec, views, form, store)
+    store = taken(spec, views, index, beside.parent / "feature_cache", _HOLDS)
+    left = spec.limit_gb * 1e9 - views * view_bytes(index.images, index.bytes)
+    held_out = _held_out(cut, form, found, loader.made_of[0].validation, store.folder, left)
+    return FeatureCache(cut, held_out, spec, views, form, store)
+
+
+def _held_out(
+    cut: Cut, form: FeatureForm, found: dict[str, Any], validation: Any, folder: Path, left: float
+) -> HeldOut | None:
+    """The features of held-out images; None of a stream, or where they would take more than the `left` bytes."""
+    exact = FeatureForm(tuple(Singles(part.shape) for part in form.parts), form.listed)
+    if not isinstance(validation, Samples) or view_bytes(len(validation), exact.bytes + HASH) > left:
+        return None
+    identified = {
+        "features": {**found["features"], "precision": "fp32"},  # of an evaluation
+        "held_out": {"images": len(validation), "files": validation.identity()},
+        "preprocessing": found["preprocessing"],
+        "kept": exact.words(),
+    }
+    index = Index(images=len(validation), bytes=exact.bytes + HASH, identity=identified)
+    inside = folder / f"{HELD_OUT}{identity.name_of(identified)}"
+    processes.led(lambda: make(inside, index, *_HOLDS))
+    return HeldOut(cut, exact, Store(inside, index))

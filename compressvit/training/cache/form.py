@@ -43,6 +43,13 @@ class Part(Protocol):
     def words(self) -> str: ...
 
 
+class TensorPart(Part, Protocol):
+    """A part that keeps every value of a tensor, of which `shape` belongs to one image: of a tensor (B·r, …) it is (r, …)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 @dataclass(frozen=True)
 class TopLogits:
     """The `top` largest of (B, classes) logits: the largest in float32, and 2 bytes of index and 2 of the distance from it for each.
@@ -211,7 +218,7 @@ class Form:
         return {"outputs": self.outputs.words(), **{f"{path} {io}": part.words() for (path, io), part in self.taps}}
 
 
-TENSORS: dict[str, Callable[[tuple[int, ...]], Part]] = {"fp32": Singles, "bf16": Halves, "int8": Bytes}
+TENSORS: dict[str, Callable[[tuple[int, ...]], TensorPart]] = {"fp32": Singles, "bf16": Halves, "int8": Bytes}
 
 
 def form_of(spec: Cache, teacher: Side, terms: Sequence[Term], task: Task, temperature: float) -> Form:
@@ -230,7 +237,7 @@ def form_of(spec: Cache, teacher: Side, terms: Sequence[Term], task: Task, tempe
         seen.append((outputs, taps.pop()))
     kept, shape_of = TENSORS[spec.dtype], partial(rows_of, whose=f"{model_name(model)}, the teacher,", way=_OTHER)
     shape = shape_of("its outputs", [outputs for outputs, _ in seen])
-    part = kept(shape)
+    part: Part = kept(shape)
     if task.outputs_are_logits and len(shape) == 2 and shape[1] <= 2**16:
         part = TopLogits(min(spec.top, shape[1]), shape[1], temperature)
     parts = [(tap, kept(shape_of(" ".join(tap), [taken[tap[0]][tap[1]] for _, taken in seen]))) for tap in wanted]

@@ -27,6 +27,7 @@ from compressvit.spec import Frozen
 from compressvit.training.cache.spec import CacheFiles
 
 INDEX = "cache.json"
+HELD_OUT = "held_out-"  # begins the name of a cache in a cache
 _CHECKSUM = 4  # bytes
 _FORMAT = 1
 
@@ -213,17 +214,17 @@ def views_in(folder: Path) -> list[Path]:
 
 
 def caches_in(folder: Path) -> list[Path]:
-    """A folder that is a cache, or those in it that are.
+    """A folder that is a cache, or those in it that are, each after those in itself.
 
     Raises:
         UserError: there are none.
     """
     if (folder / INDEX).is_file():
-        return [folder]
+        return [*sorted(path.parent for path in folder.glob(f"{HELD_OUT}*/{INDEX}")), folder]
     found = sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
     if not found:
         raise UserError(f"{folder} is no cache and has none in it (no {INDEX}); a run names its folder in run.log")
-    return found
+    return [inner for each in found for inner in caches_in(each)]
 
 
 def _checksum(answer: np.ndarray, view: int, place: int) -> int:
