@@ -101,18 +101,21 @@ def cache_of(file):
     return found
 
 
+@pytest.mark.wide_unless(lambda name, precision: precision == "fp32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["classifier", "segmenter", "detector"])
-def test_a_run_ends_with_the_weights_of_one_that_keeps_nothing(name, tmp_path, computed):
+def test_a_run_ends_with_the_weights_of_one_that_keeps_nothing(name, precision, tmp_path, computed):
     """Bit for bit: batches are the same, as nothing is augmented, and those that are read have the bits of those that were computed."""
     file, where = written(tmp_path, name)
-    plain = apply(file, "plain", f"{where}.cache=null")
+    words = (f"{where}.precision={precision}",)
+    plain = apply(file, "plain", *words, f"{where}.cache=null")
     assert computed == []
-    first = apply(file, "first")
+    first = apply(file, "first", *words)
     images = 26 if name == "classifier" else 18
     whole = images // 8 * 8  # the rest is left out of every epoch
     assert 2 * whole < sum(computed) <= 2 * images + 1
     computed.clear()
-    again = apply(file, "again")
+    again = apply(file, "again", *words)
     assert computed == []
     assert student_bytes(plain) == student_bytes(first) == student_bytes(again)
     start, end = (artifact.load(folder / "student").state_dict() for folder in (_start(file, where), again))
@@ -339,34 +342,54 @@ def test_another_head_reads_the_same_features(file, computed):
     assert computed == []
 
 
+HEAD = {"freeze": {"train": "head"}}
+
+
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("first", "word", "told"),
     [
-        ((f"{STEP}.mixup=0.2",), "cache keeps the features of an image, and mixup and cutmix mix the pixels of two"),
-        ((f"{STEP}.cutmix=0.2",), "set both to 0, or leave cache out"),
-        ((f"{STEP}.compile=true",), "compile=true makes one program of the whole model"),
-        ((f"{STEP}.drop_path=0.1",), r"drop_path=0\.1 leaves out blocks at random; set drop_path=0"),
         (
-            ("teacher.args.drop_path_rate=0.1",),
+            HEAD,
+            f"{STEP}.mixup=0.2",
+            "keeps the features of an image, and mixup and cutmix mix the pixels of two; set both",
+        ),
+        (HEAD, f"{STEP}.cutmix=0.2", "set both to 0, or leave cache out"),
+        (HEAD, f"{STEP}.compile=true", "compile=true makes one program of the whole model"),
+        (HEAD, f"{STEP}.drop_path=0.1", r"drop_path=0\.1 leaves out blocks at random; set drop_path=0"),
+        (
+            HEAD,
+            "teacher.args.drop_path_rate=0.1",
             r"blocks\.1\.drop_path1 leaves something out at random \(with probability 0\.1\); name it in `frozen`",
         ),
-        (("teacher.args.drop_rate=0.1",), r"head_drop leaves something out at random|pos_drop leaves something out"),
+        (HEAD, "teacher.args.drop_rate=0.1", "head_drop leaves something out at random"),
         (
-            ("steps.0={bitfit: {}}",),
+            {"bitfit": {}},
+            "seed=0",
             r"what is before the classifier, which must be frozen, and patch_embed\.proj\.bias is trained; put `freeze: ",
         ),
-        (("steps.0={adapters: {width: 2}}",), r"which must be frozen, and blocks\.0\..* is trained"),
-        (("data.augment.repeats=2",), "repeats=2 shows an image several times"),
+        (
+            {"adapters": {"width": 2}},
+            "seed=0",
+            r"and blocks\.0\..* is trained, which an earlier step added there; leave cache out",
+        ),
+        (HEAD, "data.augment.repeats=2", "repeats=2 shows an image several times"),
     ],
-    ids=lambda value: value[0].rpartition(".")[2] if isinstance(value, tuple) else "",
+    ids=[
+        "mixup",
+        "cutmix",
+        "compile",
+        "drop_path",
+        "drop_path_of_the_model",
+        "dropout",
+        "biases",
+        "adapters",
+        "repeats",
+    ],
 )
-def test_what_cannot_be_kept_is_refused_before_anything_is_written(words, told, file):
-    words = [word for word in words if not word.startswith("steps.0=")] or list(words)
-    if words[0].startswith("steps.0="):
-        content = yaml.safe_load(file.read_text())
-        content["steps"][0] = yaml.safe_load(words.pop()[len("steps.0=") :])
-        file.write_text(yaml.safe_dump(content))
-    message = refused("apply", file, "--output", file.parent / "run", "--no-report", *words)
+def test_what_cannot_be_kept_is_refused_before_anything_is_written(first, word, told, file):
+    content = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**content, "steps": [first, content["steps"][1]]}))
+    message = refused("apply", file, "--output", file.parent / "run", "--no-report", word)
     assert re.search(told, message), message
     assert not (file.parent / "run").exists()
     assert not (file.parent / "feature_cache").exists()

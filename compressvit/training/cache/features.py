@@ -182,10 +182,7 @@ def refuse_moving(model: nn.Module, spec: Training, cut: Cut) -> None:
     for path, module in cut.before(model).items():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in frozen:
-                raise UserError(
-                    f"cache keeps the features of {cut.words}, which must be frozen, and {path + '.' if path else ''}{name} is trained; "
-                    f"{'set backbone_lr=0' if cut.path else 'put `freeze: {train: head}` before the phase'}, or leave cache out"
-                )
+                raise UserError(_trained(model, f"{path}.{name}" if path else name, cut))
         if id(module) not in still and (fault := _moves(module, spec)):
             raise UserError(
                 f"cache keeps features that are the same in every step, and {path or model_name(model)} {fault}; name it in `frozen`, "
@@ -196,6 +193,14 @@ def refuse_moving(model: nn.Module, spec: Training, cut: Cut) -> None:
             f"cache keeps features that are the same in every step, and drop_path={spec.drop_path:g} leaves out blocks at random; set "
             "drop_path=0, or leave cache out"
         )
+
+
+def _trained(model: nn.Module, name: str, cut: Cut) -> str:
+    """What to say of a parameter that is trained before the cut."""
+    fault = f"cache keeps the features of {cut.words}, which must be frozen, and {name} is trained"
+    if name in surgery.added_parameters(model):
+        return f"{fault}, which an earlier step added there; leave cache out"
+    return f"{fault}; {'set backbone_lr=0' if cut.path else 'put `freeze: {train: head}` before the phase'}, or leave cache out"
 
 
 def _moves(module: nn.Module, spec: Training) -> str | None:
