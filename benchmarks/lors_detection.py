@@ -119,6 +119,7 @@ def remembered_features() -> Iterator[None]:
     """Let the maps of a frozen backbone be computed once for each image of a process, and for its mirror image, instead of in every epoch.
 
     Exact up to the rounding of other batches. All cells have the same backbone, and no phase trains it.
+    (`cache` of a phase keeps features by view, in which an image has one look; here it has two in all, and any epoch may show either.)
     """
     computed, known = adamixer.feature_maps, {}
 

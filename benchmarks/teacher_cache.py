@@ -1,7 +1,9 @@
-"""What it costs to read a teacher's answers, beside a student's own training and beside asking the teacher, and what it does to a student.
+"""What it costs to read a teacher's answers, beside a student's own training and beside asking the teacher, and what it does to a student;
+and what it costs to read the features of a frozen backbone, beside computing them.
 
     python benchmarks/teacher_cache.py --threads 1 --rounds 7
     python benchmarks/teacher_cache.py --threads 1 --parts accuracy --seeds 0 1 2
+    python benchmarks/teacher_cache.py --threads 1 --parts features --rounds 7
 
 - epochs: a ViT of width 128 and six blocks on digits at 32² (64 patches and a class token), batches of 64, AdamW. An epoch of it is trained
   in several ways that take turns in one process: with labels alone (its own step), by a teacher that is asked, and by answers that are all
@@ -10,6 +12,9 @@
   less than wall time. Teachers: one of the student's size, and one of 14 blocks, whose forward pass has 2.3 times its multiplications.
 - accuracy: the recipe `quickstart`, whose teacher is trained once; its student is distilled with a teacher that is asked, with a view for
   every epoch, and with two views, for several seeds.
+- features: epochs, with loading and augmentation, of a model whose backbone is frozen, which computes its features or reads them, in turns
+  as above. A linear probe: that ViT, whose classifier alone is trained. A segmenter: ViT-S/14 at 168² with a linear head on 32 pictures of
+  256², as the recipe `segmentation_dinov2_s` has it, in batches of 16, with its augmentation; values are random.
 """
 
 from __future__ import annotations
@@ -23,8 +28,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
@@ -37,14 +44,17 @@ from compressvit.log import RunLog
 from compressvit.model.cost import macs
 from compressvit.tasks.base import task_of
 from compressvit.training.cache.cache import open_cache
-from compressvit.training.cache.spec import Cache
+from compressvit.training.cache.features import open_features
+from compressvit.training.cache.spec import Cache, Features
 from compressvit.training.loop import Trainer
 from compressvit.training.pairs import match_layers
 from compressvit.training.phase import Phase
 from compressvit.training.phases.distill import Distill
+from compressvit.training.phases.finetune import Finetune
 from compressvit.training.terms import labels_term
 
 CPU = torch.device("cpu")
+PARTS = ("epochs", "accuracy", "features")
 DEPTH, TEACHERS = 6, {"a teacher of the student's size": 6, "a teacher of 14 blocks": 14}
 ALONE = {name: {"weight": 0} for name in ("attention_relation", "hidden_relation")}
 RELATIONS = {"attention_relation": {"weight": 1}, "hidden_relation": {"weight": 1}}
@@ -116,6 +126,70 @@ def in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> list[dict[str,
     return found
 
 
+def pictures(root: Path) -> None:
+    """32 pictures of noise with masks of two classes."""
+    generator = np.random.default_rng(0)
+    for split, count in (("training", 32), ("validation", 1)):
+        for part in ("images", "annotations"):
+            (root / part / split).mkdir(parents=True)
+        for number in range(count):
+            coarse = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            picture = Image.fromarray(coarse).resize((256, 256), Image.Resampling.BILINEAR)
+            picture.save(root / "images" / split / f"{number}.jpg")
+            mask = (np.asarray(picture)[..., 0] > 128).astype(np.uint8)
+            Image.fromarray(mask).save(root / "annotations" / split / f"{number}.png")
+
+
+def frozen(kind: str, dtype: str | None, folder: Path) -> Trainer:
+    """A phase of a model on a frozen backbone, which keeps its features in a `dtype`, or computes them (None)."""
+    data = DATA
+    if kind == "segmenter":
+        root = folder / "pictures"
+        if not root.exists():
+            pictures(root)
+        augment = Augment(scale=(0.5, 1.0), hflip=0.5)
+        data = Data(name="segmentation", root=str(root), num_classes=2, batch_size=16, augment=augment)
+        torch.manual_seed(0)
+        backbone = {"backbone": "vit_small_patch14_dinov2.lvd142m", "head": "linear", "img_size": 168}
+        model: nn.Module = timm.create_model("segmenter", num_classes=2, **backbone)
+        model.get_submodule("backbone").requires_grad_(False)
+    else:
+        model = vit(DEPTH).requires_grad_(False)
+        model.get_submodule("head").requires_grad_(True)
+    side, task = Side.of(model, data), task_of(model)
+    spec = Finetune(lr=1e-6, cache=None if dtype is None else Features(views=1, dtype=dtype))
+    loader = train_loader(open_data(data), data, side.input, CPU)
+    cache = None if spec.cache is None else open_features(spec.cache, spec, loader, side, folder / "run")
+    phase, log = Phase("step", 1, 0, folder / "step.pt"), RunLog(None, Console(file=io.StringIO()))
+    made = Trainer(
+        *(side, spec, phase, [labels_term(1.0, 0.0, task)], loader, data.batch_size, CPU, log, lambda model: {}, task),
+        *(None, None, None, (), lambda model, epoch, last: None, cache),
+    )
+    made.connect()
+    model.train()
+    made.frozen.keep()
+    made.optimizer.zero_grad(set_to_none=True)
+    return made
+
+
+def features(rounds: int) -> None:
+    """The part `features`."""
+    for kind in ("linear probe", "segmenter"):
+        with tempfile.TemporaryDirectory() as folder:
+            ways = {"computed": None, "fp32": "fp32", "bf16": "bf16", "int8": "int8"}
+            made = {way: frozen(kind, dtype, Path(folder)) for way, dtype in ways.items()}
+            found = in_turn({way: (lambda one=one: epoch(one)) for way, one in made.items()}, rounds)
+            for one in made.values():
+                if one.cache is not None:
+                    assert one.cache.asked == len(one.loader.dataset), "only the first epoch computes"
+                one.disconnect()
+                one.log.close()
+            sizes = {way: one.cache.form.bytes for way, one in made.items() if one.cache is not None}
+        print(f"{kind}, bytes an image: {sizes}, {rounds} rounds", flush=True)
+        for way in sizes:
+            told(f"computing / reading {way}", [taken["computed"] / taken[way] for taken in found])
+
+
 def told(text: str, ratios: Sequence[float]) -> None:
     print(f"  {text}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})", flush=True)
 
@@ -171,7 +245,7 @@ def accuracy(seeds: Sequence[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("epochs", "accuracy"), default=("epochs", "accuracy"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -183,6 +257,8 @@ def main() -> None:
         epochs(arguments.rounds)
     if "accuracy" in arguments.parts:
         accuracy(arguments.seeds)
+    if "features" in arguments.parts:
+        features(arguments.rounds)
 
 
 if __name__ == "__main__":

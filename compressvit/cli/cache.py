@@ -1,4 +1,4 @@
-"""`cache`: look at a teacher's answers that distillations have kept, or remove them."""
+"""`cache`: look at what phases have kept, a teacher's answers or features, or remove it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from compressvit.text import printable
 
 
 def add_cache(verb: Verb) -> None:
-    cache = verb("cache", lambda _: cache_help(), "verify or clear the answers of a teacher that `distill` has kept")
+    cache = verb(
+        "cache", lambda _: cache_help(), "verify or clear what phases have kept: answers of a teacher, or features"
+    )
     what = cache.add_subparsers(title="what", metavar="verify|clear")
 
     def cache_help() -> int:
@@ -22,15 +24,15 @@ def add_cache(verb: Verb) -> None:
         (
             "verify",
             _verify,
-            "compare every answer with its checksum; damaged ones are told, and asked again by the next run",
+            "compare every row with its checksum; damaged ones are told, and computed again by the next run",
         ),
-        ("clear", _clear, "remove the answers"),
+        ("clear", _clear, "remove what is kept"),
     ):
         word = what.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         word.add_argument(
             "folder",
             metavar="FOLDER",
-            help="cache.folder of a recipe, or the folder teacher_cache beside the run folders",
+            help="cache.folder of a recipe, or the folder teacher_cache or feature_cache beside the run folders",
         )
         word.set_defaults(run=run)
 
@@ -45,15 +47,17 @@ def _verify(arguments: argparse.Namespace) -> int:
         store = Store(folder, index := read_index(folder))
         found = store.verify()
         answers, views = sum(view.answers for view in found), len(found)
-        teacher = index.identity.get("teacher", {}).get("model", "a teacher")
+        what = next((word for word in ("features", "teacher") if word in index.identity), "")
+        kept, model = (
+            "features" if what == "features" else "answers",
+            index.identity.get(what, {}).get("model", "a model"),
+        )
         print(
-            printable(
-                f"{folder}: {answers:,} answers of {teacher}: {counted(views, 'view')} of {index.images:,} images"
-            )
+            printable(f"{folder}: {answers:,} {kept} of {model}: {counted(views, 'view')} of {index.images:,} images")
         )
         faults += [f"{view.file}: {_fault(view.damaged, view.cut)}" for view in found if view.damaged or view.cut]
     if faults:
-        raise UserError("\n  ".join(["damaged answers, which the next run asks for again:", *faults]))
+        raise UserError("\n  ".join(["damaged rows, which the next run computes again:", *faults]))
     return 0
 
 

@@ -40,13 +40,13 @@ def refuse_views(data: Data) -> None:
     """Raise a `UserError` where the images of a set cannot be shown in views."""
     if find_set(data.name).streams:
         raise UserError(
-            f"cache: {data.name} streams its images, which have no numbers by which the teacher's answers are found again; unpack the "
+            f"cache: {data.name} streams its images, which have no numbers by which what is kept is found again; unpack the "
             "shards and read them with data.name=folder, or leave cache out"
         )
     if data.augment.repeats > 1:
         raise UserError(
-            f"cache: data.augment.repeats={data.augment.repeats} shows an image several times in an epoch, and a view has one answer for "
-            "it; set repeats=1, with more views instead"
+            f"cache: data.augment.repeats={data.augment.repeats} shows an image several times in an epoch, and a view has one row for it; "
+            "set repeats=1, with more views instead"
         )
 
 

@@ -188,6 +188,8 @@ class Family(ABC):
     named_layers: ClassVar[bool] = True
     # Of a detector or segmenter: the path of the model of another family that transforms work on, unless they ask for its own blocks.
     body: ClassVar[str | None] = None
+    # The method of that model, of timm's, whose results the rest of the detector or segmenter is given (`compressvit.model.cut`).
+    body_method: ClassVar[str] = "forward_intermediates"
     # The path of the module whose outputs are a model's features, to distil them: tokens (or a grid) with channels last, or several maps
     # (B, C, H, W).
     features: ClassVar[str] = "norm"

@@ -200,11 +200,18 @@ class PlannedTeacher(Costs):
 
 
 class CachePlan(RunFile):
-    """The files of a teacher's answers: at most `bytes`, which is None while the number of `images` is not known."""
+    """The files of a cache, `of` answers or features: at most `bytes`, which is None while the number of `images` is not known.
 
+    Attributes:
+        held_out_bytes: of each of the `held_out` images, in one view, which come on top; None where nothing of them is kept.
+    """
+
+    of: str = "the teacher's answers"
     views: int
     answer_bytes: int
+    held_out_bytes: int | None = None
     images: int | None = None
+    held_out: int | None = None
     bytes: int | None = None
 
 

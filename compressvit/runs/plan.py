@@ -25,7 +25,17 @@ from compressvit.model.cost import cost
 from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
-from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
+from compressvit.runs.files import (
+    CachePlan,
+    Costs,
+    DataPlan,
+    LedgerRow,
+    NoteRow,
+    PlannedTeacher,
+    RecipePlan,
+    StagePlan,
+    StepPlan,
+)
 from compressvit.runs.job import LOOKED_AT, PLACEHOLDER_CLASSES, Job, prepare, refuse_data, refuse_small_heads
 from compressvit.runs.keep import is_comparable, refuse_figures, refuse_judged
 from compressvit.runs.models import (
@@ -219,15 +229,18 @@ class _Steps:
             return
         spec = self.recipe.teacher.finetune or Finetune()
         setting = self._setting(self.teacher_side, None)
+        kept = None
         try:
             self._refuse_headless_teacher(spec, setting)
             spec.refuse(setting)
+            kept = spec.kept(setting)
         except UserError as error:
             self.conflicts.append(f"teacher.finetune: {error}")
         self._refuse_diagnostics("teacher.finetune", spec, setting)
         text = spec.summary(self.recipe.data.batch_size)
         given = self.recipe.teacher.finetune is not None
-        self.steps.append(StepPlan(step="teacher.finetune", summary=text if given else f"{text} (defaults)"))
+        text = text if given else f"{text} (defaults)"
+        self.steps.append(StepPlan(step="teacher.finetune", summary=text, cache=kept and CachePlan(**kept)))
 
     def _refuse_headless_teacher(self, spec: Finetune, setting: Setting) -> None:
         """Its own classifier is left out by request, for which the phase itself has the advice of a student."""

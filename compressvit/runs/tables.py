@@ -37,13 +37,17 @@ def megabytes(size: float) -> str:
 
 
 def cache_text(cache: CachePlan) -> str:
-    """What the teacher's answers take on the disk."""
+    """What a cache takes on the disk."""
     views = f"{cache.views} view{'s' * (cache.views > 1)}"
     if cache.images is None or cache.bytes is None:
         size = megabytes(1000 * cache.views * cache.answer_bytes)
-        return f"the teacher's answers: {views} in {cache.answer_bytes:,} bytes an image, {size} for every 1,000 images"
-    size = megabytes(cache.bytes)
-    return f"the teacher's answers: {views} of {cache.images:,} images in {cache.answer_bytes:,} bytes each, {size} when all are there"
+        return f"{cache.of}: {views} in {cache.answer_bytes:,} bytes an image, {size} for every 1,000 images"
+    whole, held_out = cache.bytes, ""
+    if cache.held_out and cache.held_out_bytes:
+        whole += cache.held_out * cache.held_out_bytes
+        held_out = f", and {cache.held_out:,} held out in {cache.held_out_bytes:,}"
+    kept = f"{views} of {cache.images:,} images in {cache.answer_bytes:,} bytes each{held_out}"
+    return f"{cache.of}: {kept}, {megabytes(whole)} when all are there"
 
 
 def cost_text(unit: str, value: float) -> str:

@@ -1,8 +1,9 @@
-"""Asking a teacher for its answers to a batch: its outputs, and what the loss terms read inside it."""
+"""Asking a teacher for its answers to a batch: its outputs, and what the loss terms read inside it; and the student for its features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -48,6 +49,16 @@ class Answers(Protocol):
 
     def close(self) -> None:
         """Let the teacher be as it was."""
+
+
+class Features(Protocol):
+    """Features of the trained model, which are kept."""
+
+    def given(self, shown: Shown | None) -> AbstractContextManager[None]:
+        """Within, the model has its features of these images from there."""
+
+    def close(self) -> None:
+        """Let the model be as it was."""
 
 
 class Asked:

@@ -1,9 +1,8 @@
 """The training loop of every phase: `Trainer`. Start reading at `Trainer.run`.
 
 CPU and GPU use one code path. The randomness of an epoch is seeded from the run's seed, the phase and the epoch, so a resumed run ends
-with the same weights as an uninterrupted one (bit for bit on a CPU).
-A step does not wait for the device: values stay there until they are logged. After the first loss or gradient that is not finite,
-the device skips updates and restores buffers, until the loop reads the values and stops.
+with the same weights as an uninterrupted one (bit for bit on a CPU). A step does not wait for the device: values stay there until they are
+logged. After the first loss or gradient that is not finite, the device skips updates and restores buffers, until the loop reads and stops.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from compressvit.tasks.base import Task, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
 from compressvit.training.best import Best
-from compressvit.training.cache.cache import TeacherCache, answers_of
+from compressvit.training.cache.cache import Kept, answers_of
 from compressvit.training.meters import Meters
 from compressvit.training.nonfinite import Skips, require_finite, where_to_look
 from compressvit.training.phase import Phase
@@ -52,7 +51,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, Any]],
     task: Task | None = None,
     teacher: Side | None = None,
-    cache: TeacherCache | None = None,
+    cache: Kept | None = None,
     start: dict[str, Any] | None = None,
     moments: Moments | None = None,
     watches: Sequence[Watch] = (),
@@ -68,7 +67,7 @@ def train(
         evaluate: called every `evaluate_every` epochs with the model (or its weight average); the result is logged.
         task: what the outputs mean; None: classes if the model has a classifier, else features.
         teacher: required if a term reads it; runs in eval mode without gradient, and is never part of a checkpoint.
-        cache: has or takes the teacher's answers; `loader` then shows views (`Loader.show`).
+        cache: has or takes the teacher's answers, or the model's features; `loader` then shows views (`Loader.show`).
         start: the result of `evaluate` for the initial model, if it is already known.
         moments: initial optimiser state by parameter name, possibly empty; the final state is then returned too. If it is not empty,
             the model was trained and then changed, so `start` does not apply to it.
@@ -109,7 +108,7 @@ class Trainer:
     warm: Moments | None
     watches: Sequence[Watch]
     measure: Callable[[nn.Module, int, bool], None]
-    cache: TeacherCache | None = None
+    cache: Kept | None = None
     epoch: int = 0  # done
     batch_index: int = 0  # batches done in the next epoch
     steps: int = 0  # optimiser steps done
@@ -209,7 +208,8 @@ class Trainer:
     def connect(self) -> None:
         """Make student, teacher and loss one step, in which the processes of a run take part."""
         answers = answers_of(self.teacher, self.student.input, self.terms, self.device, self.spec.compile, self.cache)
-        self.compute = Step(Pass(self.student, answers, self.terms, self.task, self.autocast, self.spec))
+        features = None if self.cache is None else self.cache.within(self.model)
+        self.compute = Step(Pass(self.student, answers, self.terms, self.task, self.autocast, self.spec, features))
 
     def disconnect(self) -> None:
         self.frozen.release()

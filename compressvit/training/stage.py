@@ -16,7 +16,7 @@ from compressvit.data.input import InputConfig, Side
 from compressvit.log import RunLog
 from compressvit.tasks.base import Task, task_of
 from compressvit.tasks.targets import moved
-from compressvit.training.cache.cache import TeacherCache
+from compressvit.training.cache.cache import Kept
 from compressvit.training.loop import Phase, train
 from compressvit.training.pairs import Likeness
 from compressvit.training.spec import Training
@@ -80,7 +80,7 @@ class Stage:
         terms: Sequence[Term],
         *,
         taught: bool = False,
-        cache: Callable[[Any], TeacherCache] | None = None,
+        cache: Callable[[Any], Kept] | None = None,
         phase: Phase | None = None,
         moments: Moments | None = None,
     ) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Stage:
             spec: the options of the training.
             terms: the loss terms.
             taught: whether the teacher runs too, for terms that read it.
-            cache: makes what has the teacher's answers to the images of a loader.
+            cache: makes what has the teacher's answers to the images of a loader, or the model's features.
             phase: a cycle of the phase, if not the whole phase is trained.
             moments: initial optimiser state by parameter name, for cycles.
         """
@@ -98,6 +98,7 @@ class Stage:
         loader = self.loader()
         assert self.teacher is not None or not taught, "only the teacher itself is trained without one"
         model.to(self.device)
+        kept = None if cache is None else cache(loader)
         with self.watching(model, phase.name) as watches:
             return train(
                 Side(model, self.input),
@@ -110,10 +111,10 @@ class Stage:
                 batch_size=self.batch_size,
                 device=self.device,
                 log=self.log,
-                evaluate=self.evaluate,
+                evaluate=self.evaluate if kept is None else kept.evaluating(self.evaluate),
                 task=self.task,
                 teacher=self.teacher if taught else None,
-                cache=None if cache is None else cache(loader),
+                cache=kept,
                 watches=watches,
                 measure=lambda judged, epoch, last: self.measure(phase.name, judged, epoch, last),
             )

@@ -14,7 +14,7 @@ from compressvit import processes
 from compressvit.data.input import Side
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Labels, Task
-from compressvit.training.asking import Answers, Shown
+from compressvit.training.asking import Answers, Features, Shown
 from compressvit.training.optimisation import Buffers
 from compressvit.training.recompute import Recomputed
 from compressvit.training.spec import Training
@@ -32,6 +32,7 @@ class Pass(nn.Module):
         answers: of the teacher; None where no term reads them.
         autocast: the precision of student, teacher and loss.
         spec: says whether the student is compiled, and whether its blocks compute their activations again.
+        features: of the student, where they are kept.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Pass(nn.Module):
         task: Task,
         autocast: torch.autocast,
         spec: Training,
+        features: Features | None = None,
     ):
         super().__init__()
         self.model = student.model
@@ -49,7 +51,7 @@ class Pass(nn.Module):
         self._taps = Taps(self.model, [tap for term in terms for tap in term.student_taps])
         self._recomputed = Recomputed(self.model) if spec.activation_checkpointing else None
         self._run: Callable[[torch.Tensor], Any] = _hidden(torch.compile(self.model) if spec.compile else self.model)
-        self._answers = answers
+        self._answers, self._features = answers, features
 
     def forward(
         self, images: torch.Tensor, targets: Any, labels: Labels, shown: Shown | None = None
@@ -58,7 +60,8 @@ class Pass(nn.Module):
         with self._autocast:
             # the teacher first, while no activation of the student is kept
             expected, theirs = (None, {}) if self._answers is None else self._answers(images, shown)
-            outputs = self._run(images)
+            with nullcontext() if self._features is None else self._features.given(shown):
+                outputs = self._run(images)
             batch = Batch(outputs, expected, self._taps.pop(), theirs, targets, unread_by(self._terms))
             loss, parts = total_of(self._terms, batch)
         figures = self._task.batch_figures(outputs, expected, targets, labels)
@@ -69,8 +72,9 @@ class Pass(nn.Module):
         if self._recomputed is not None:
             self._recomputed.close()
         self._taps.close()
-        if self._answers is not None:
-            self._answers.close()
+        for kept in (self._answers, self._features):
+            if kept is not None:
+                kept.close()
 
 
 class Step:

@@ -97,6 +97,10 @@ CASES = {
     "multiplex, distill with a cache": Case(
         f"{TEACHER}steps: [multiplex: {{share: 2}}, distill: {{epochs: 4, log_every: 1, mixup: 0.5, cache: {{views: 2}}}}]\n"
     ),
+    "freeze, finetune with kept features": Case(
+        f"{TEACHER}student: {{head: new}}\n"
+        "steps: [freeze: {train: head}, finetune: {epochs: 4, log_every: 1, cache: {views: 2}}]\n"
+    ),
     "low_rank, distill": Case(f"{TEACHER}steps: [low_rank: {{rank: 3}}, distill: {{epochs: 2, log_every: 1}}]\n"),
     "lors, merge": Case(f"{TEACHER}steps: [lors: {{rank: 2}}, merge: {{}}]\n"),
     "adapters, finetune, prune in cycles": Case(

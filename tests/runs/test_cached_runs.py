@@ -211,7 +211,7 @@ def test_a_damaged_answer_is_told_and_asked_again(file, asked):
     whole[3 * row + 2] ^= 255
     (folder / "view-00001.bin").write_bytes(whole)
     message = refused("cache", "verify", folder)
-    assert message == f"damaged answers, which the next run asks for again: {folder}/view-00001.bin: of images 3"
+    assert message == f"damaged rows, which the next run computes again: {folder}/view-00001.bin: of images 3"
     asked.clear()
     assert student_bytes(apply(file, "again")) == first
     assert sum(asked) == 1
@@ -220,9 +220,7 @@ def test_a_damaged_answer_is_told_and_asked_again(file, asked):
     assert "view-00000.bin: its size is another one than its rows have" in refused("cache", "verify", folder)
     assert "removed" in done("cache", "clear", folder.parent)
     assert not folder.exists()
-    assert f"{folder.parent} is no cache of a teacher's answers and has none in it" in refused(
-        "cache", "clear", folder.parent
-    )
+    assert f"{folder.parent} is no cache and has none in it" in refused("cache", "clear", folder.parent)
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_is_written(file, tmp_path):

@@ -24,6 +24,7 @@ class Video(OnBackbone):
     supports = ("video models (video) on a ViT",)
     models = (Model,)
     features = "backbone.norm"
+    body_method = "forward_head"
 
     def lacks(self, need: Need) -> Need | None:
         """What is asked of the backbone depends on that; there is no decoder."""

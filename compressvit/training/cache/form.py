@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from compressvit.training.asking import Taken
 from compressvit.training.cache.spec import Cache
 from compressvit.training.terms import Term
 
+_OTHER = "leave cache out, or distil with other losses"
 _LOWEST = -60_000.0  # of a logit below the largest one; float16 ends at -65504
 
 
@@ -39,6 +41,13 @@ class Part(Protocol):
     def decode(self, found: Tensor) -> Tensor: ...
 
     def words(self) -> str: ...
+
+
+class TensorPart(Part, Protocol):
+    """A part that keeps every value of a tensor, of which `shape` belongs to one image: of a tensor (B·r, …) it is (r, …)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,30 @@ class TopLogits:
 
     def words(self) -> str:
         return f"the {self.top} largest of {self.classes} logits, the others by their share at temperature {self.temperature:g}"
+
+
+@dataclass(frozen=True)
+class Singles:
+    """A tensor in float32, as it is.
+
+    Attributes:
+        shape: as of `Halves`.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return 4 * math.prod(self.shape)
+
+    def encode(self, value: Tensor) -> Tensor:
+        return value.float().reshape(-1, math.prod(self.shape)).contiguous().view(torch.uint8)
+
+    def decode(self, found: Tensor) -> Tensor:
+        return _own(found).view(torch.float32).reshape(-1, *self.shape[1:])
+
+    def words(self) -> str:
+        return f"{'×'.join(map(str, self.shape))} in fp32"
 
 
 @dataclass(frozen=True)
@@ -175,9 +208,17 @@ class Form:
             taken.setdefault(path, {})[io] = part.decode(column)
         return self.outputs.decode(columns[0]), taken
 
+    def named(self, outputs: Tensor, taken: Taken) -> dict[str, Tensor]:
+        """The tensors of an answer, by what messages call them."""
+        taps = {f"{path} {io}": value for path, seen in taken.items() for io, value in seen.items()}
+        return {"its outputs": outputs, **taps}
+
     def words(self) -> dict[str, str]:
         """What is kept, by name."""
         return {"outputs": self.outputs.words(), **{f"{path} {io}": part.words() for (path, io), part in self.taps}}
+
+
+TENSORS: dict[str, Callable[[tuple[int, ...]], TensorPart]] = {"fp32": Singles, "bf16": Halves, "int8": Bytes}
 
 
 def form_of(spec: Cache, teacher: Side, terms: Sequence[Term], task: Task, temperature: float) -> Form:
@@ -194,17 +235,25 @@ def form_of(spec: Cache, teacher: Side, terms: Sequence[Term], task: Task, tempe
         with torch.no_grad(), RememberedShapes(), taking(model, teacher.input.size):
             outputs = model(torch.empty(images, *teacher.input.size, device="meta"))
         seen.append((outputs, taps.pop()))
-    kept: Callable[[tuple[int, ...]], Part] = Halves if spec.dtype == "bf16" else Bytes
-    shape = _shape("its outputs", model, [outputs for outputs, _ in seen])
-    part = kept(shape)
+    kept, shape_of = TENSORS[spec.dtype], partial(rows_of, whose=f"{model_name(model)}, the teacher,", way=_OTHER)
+    shape = shape_of("its outputs", [outputs for outputs, _ in seen])
+    part: Part = kept(shape)
     if task.outputs_are_logits and len(shape) == 2 and shape[1] <= 2**16:
         part = TopLogits(min(spec.top, shape[1]), shape[1], temperature)
-    parts = [(tap, kept(_shape(" ".join(tap), model, [taken[tap[0]][tap[1]] for _, taken in seen]))) for tap in wanted]
+    parts = [(tap, kept(shape_of(" ".join(tap), [taken[tap[0]][tap[1]] for _, taken in seen]))) for tap in wanted]
     return Form(part, tuple(parts))
 
 
-def _shape(what: str, model: Any, values: Sequence[Any]) -> tuple[int, ...]:
-    """What of a tensor belongs to one image, from its values for two and for three images."""
+def rows_of(what: str, values: Sequence[Any], *, whose: str, way: str) -> tuple[int, ...]:
+    """What of a tensor belongs to one image, from its values for two and for three images.
+
+    Args:
+        what, whose: what messages call it.
+        way: what a user can do.
+
+    Raises:
+        UserError: it is no tensor with as many rows for every image.
+    """
     two, three = values
     if all(isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 for value in values):
         rows = two.shape[0] // 2
@@ -212,6 +261,5 @@ def _shape(what: str, model: Any, values: Sequence[Any]) -> tuple[int, ...]:
             return (rows, *two.shape[1:])
     found = f"a tensor {tuple(two.shape)} for 2 images" if isinstance(two, Tensor) else f"a {type(two).__name__}"
     raise UserError(
-        f"cache keeps tensors with rows of their own for every image, and {what} of {model_name(model)}, the teacher, is {found}; leave "
-        "cache out, or distil with other losses"
+        f"cache keeps tensors with rows of their own for every image, and {what} of {whose} is {found}; {way}"
     )

@@ -1,4 +1,4 @@
-"""What a teacher's answers depend on, and in what two caches differ."""
+"""What a teacher's answers and a frozen part's features depend on, and in what two caches differ."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def of_teacher(model: nn.Module) -> dict[str, str]:
     values = json.dumps(tensor_checksums(state), sort_keys=True)
     settings = json.dumps({path: _settings(module) for path, module in model.named_modules()}, sort_keys=True)
     return {"model": model_name(model), "modules": _short(str(model) + settings), "weights": _short(values)}
+
+
+def of_part(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The same of a part of a model: modules by their paths in it."""
+    state = {name: value.detach() for name, value in model.state_dict().items() if name.rpartition(".")[0] in modules}
+    values = json.dumps(tensor_checksums(state), sort_keys=True)
+    settings = {path: [type(m).__name__, m.extra_repr(), _settings(m)] for path, m in modules.items()}
+    return {"modules": _short(json.dumps(settings, sort_keys=True)), "weights": _short(values)}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

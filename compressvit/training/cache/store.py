@@ -24,8 +24,10 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, put, sync
 from compressvit.reading import read_json
 from compressvit.spec import Frozen
+from compressvit.training.cache.spec import CacheFiles
 
 INDEX = "cache.json"
+HELD_OUT = "held_out-"  # begins the name of a cache in a cache
 _CHECKSUM = 4  # bytes
 _FORMAT = 1
 
@@ -60,17 +62,17 @@ def view_bytes(images: int, answer: int) -> int:
     return images * (answer + _CHECKSUM)
 
 
-def refuse_size(limit_gb: float, views: int, images: int, answer: int) -> None:
+def refuse_size(spec: CacheFiles, views: int, images: int, answer: int) -> None:
     """Raise a `UserError` where the files would take more than a recipe allows.
 
     Args:
         answer: bytes of one, with its checksum.
     """
     size = views * images * answer / 1e9
-    if size > limit_gb:
+    if size > spec.limit_gb:
         raise UserError(
             f"cache: {views} view{'s' * (views > 1)} of {images:,} images in {answer:,} bytes each take {size:.3g} GB, and "
-            f"cache.limit_gb is {limit_gb:g}; set it to {size * 1.01:.3g}, or take fewer views, a smaller top, or dtype=int8"
+            f"cache.limit_gb is {spec.limit_gb:g}; set it to {size * 1.01:.3g}, or take {spec.ways}"
         )
 
 
@@ -82,7 +84,7 @@ def read_index(folder: Path) -> Index:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         raise UserError(
-            f"{path} is no index of a teacher's answers ({'.'.join(map(str, fault['loc']))}: {fault['msg']}); give another folder"
+            f"{path} is no index of a cache ({'.'.join(map(str, fault['loc']))}: {fault['msg']}); give another folder"
         ) from None
     if index.format != _FORMAT:
         raise UserError(
@@ -212,19 +214,17 @@ def views_in(folder: Path) -> list[Path]:
 
 
 def caches_in(folder: Path) -> list[Path]:
-    """A folder that is a cache, or those in it that are.
+    """A folder that is a cache, or those in it that are, each after those in itself.
 
     Raises:
         UserError: there are none.
     """
     if (folder / INDEX).is_file():
-        return [folder]
+        return [*sorted(path.parent for path in folder.glob(f"{HELD_OUT}*/{INDEX}")), folder]
     found = sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
     if not found:
-        raise UserError(
-            f"{folder} is no cache of a teacher's answers and has none in it (no {INDEX}); a run names its folder in run.log"
-        )
-    return found
+        raise UserError(f"{folder} is no cache and has none in it (no {INDEX}); a run names its folder in run.log")
+    return [inner for each in found for inner in caches_in(each)]
 
 
 def _checksum(answer: np.ndarray, view: int, place: int) -> int:

@@ -55,14 +55,14 @@ class PhasePlan:
         summary: a short description.
         layers: pairs of block indices, (student, teacher); `layers_rule` says how they were chosen.
         loss_bytes: bytes that each loss term keeps for the backward pass of a batch, in float32.
-        cache: of the teacher's answers: `views`, and `answer_bytes` for an image in each; None without one.
+        cache: `of` what, by default the teacher's answers, `views`, and `answer_bytes` for an image in each; None without one.
     """
 
     summary: str
     layers: list[tuple[int, int]] = field(default_factory=list)
     layers_rule: str = ""
     loss_bytes: dict[str, int] = field(default_factory=dict)
-    cache: dict[str, int] | None = None
+    cache: dict[str, Any] | None = None
 
 
 class PhaseSpec(Training):
@@ -138,7 +138,15 @@ class PhaseSpec(Training):
             UserError: as `refuse`, or any other error that can be found without values.
         """
         self.refuse(setting)
-        return PhasePlan(self.summary(setting.batch_size))
+        return PhasePlan(self.summary(setting.batch_size), cache=self.kept(setting))
+
+    def kept(self, setting: Setting) -> dict[str, Any] | None:
+        """What is known of the files of a cache, as `PhasePlan.cache`; None without one.
+
+        Raises:
+            UserError: what is asked for cannot be kept.
+        """
+        return None
 
     def preview(self, student: nn.Module, teacher: nn.Module, likeness: Likeness) -> str | None:
         """Choices of the phase that depend on values (such as layer pairs), in words; None if the plan is complete without values.
