@@ -121,7 +121,7 @@ def undrawn():
 def few_shot(monkeypatch):
     """A program of `benchmarks/`, which is on the path for others too."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module("few_shot_adapters")
+    return importlib.import_module("few_shot_runs")
 
 
 # --- runs

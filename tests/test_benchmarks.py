@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,42 @@ def test_a_short_soak_is_flat(soak, tmp_path):
     runs, rows = soak.soak(1.5, tmp_path)
     assert runs >= 2
     assert soak.grown(rows) == {}
+
+
+# ------------------------------------------------------------------------------------------------------------- AdaptFormer
+
+
+def test_every_cell_of_the_ablation_is_a_recipe_and_differs_in_one_thing(few_shot):
+    program = importlib.import_module("adaptformer_ablation")
+    usual = program.CELLS[program.USUAL][2]["adaptformer"]
+    for name, (varied, _, step) in program.CELLS.items():
+        (spec,) = [entry.spec for entry in parse_recipe(yaml.safe_dump(recipe_of_few_shots(step))).steps[:1]]
+        assert next(iter(step)) == spec.name
+        if spec.name == "adaptformer":
+            different = {
+                key for key in {**usual, **step["adaptformer"]} if step["adaptformer"].get(key) != usual.get(key)
+            }
+            assert different == ({varied} if name != program.USUAL else set())
+
+
+def recipe_of_few_shots(step):
+    teacher = {"model": "vit_tiny_patch16_224", "weights": "random"}
+    return {"teacher": teacher, "data": {"name": "digits"}, "steps": [step, {"finetune": {"epochs": 1, "lr": 1e-3}}]}
+
+
+def test_the_curve_has_finished_cells_of_both_methods(few_shot, tmp_path):
+    program = importlib.import_module("adaptformer_ablation")
+    for name, scores in {"width_4": (70, 72), "vpt_16": (60, 61), "serial": (50, 50), "width_16": ()}.items():
+        for seed, score in enumerate(scores):
+            (folder := tmp_path / f"final/{name}_seed{seed}").mkdir(parents=True)
+            student = {"top1": score, "trained_adapter": 10 * len(name)}
+            (folder / "results.json").write_text(json.dumps({"student": student}))
+    points = program.curve(tmp_path, [0, 1, 2])
+    assert [(point["method"], point["trained"], point["top1"]) for point in points] == [
+        ("AdaptFormer", 70, 71.0),
+        ("VPT", 60, 60.5),
+    ]
+    assert "| blocks |" not in (text := program.table(tmp_path, [0, 1, 2]))
+    assert "| form | after the MLP | 60 | 50.00 (50.00, 50.00) |" in text
+    program.picture(points, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
