@@ -1,10 +1,10 @@
 """AdaptFormer's ablations on a few-shot task, and its central figure: prompts of VPT against widths of adapters (§4.3 and figure 4).
 
 On a frozen DINOv2 ViT-S/14, by the protocol of `few_shot_adapters.py`: for every cell the rate is chosen on 800 training images and
-judged by 200, then every seed learns from all 1,000 and is tested on images that no choice was based on. A cell is another width of the bottleneck,
-its scale, its place (beside the MLP, or after it), the blocks that have one, or another number of prompts in every block; everything else
-is the paper's (width 64, scale 0.1, parallel, all blocks). Prints the hours that it will take from the first run; a finished run is not run
-again. Writes `table.md`, and with `--picture` the curve.
+judged by 200, then every seed learns from all 1,000 and is tested on images that no choice was based on. A cell is another width of the
+bottleneck, its scale, its place (beside the MLP, or after it), the blocks that have one, or another number of prompts in every block;
+everything else is the paper's (width 64, scale 0.1, parallel, all blocks). Prints the hours that it will take from the first run; a
+finished run is not run again. Writes `table.md`, and with `--picture` the curve.
 
     python benchmarks/few_shot_lists.py fashion_mnist --output few_shot/fashion_mnist --test 2000
     python benchmarks/adaptformer_ablation.py --data few_shot/fashion_mnist --weights FILE --output runs/adaptformer --size 28
