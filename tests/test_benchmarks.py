@@ -229,20 +229,20 @@ def test_a_short_soak_is_flat(soak, tmp_path):
     assert soak.grown(rows) == {}
 
 
-# ------------------------------------------------------------------------------------------------------------- AdaptFormer
+# --------------------------------------------------------------------------------------------------------------- ablations
 
 
-def test_every_cell_of_the_ablation_is_a_recipe_and_differs_in_one_thing(few_shot):
-    program = importlib.import_module("adaptformer_ablation")
-    usual = program.CELLS[program.USUAL][2]["adaptformer"]
-    for name, (varied, _, step) in program.CELLS.items():
+@pytest.mark.parametrize("paper", ["adaptformer", "repadapter"])
+def test_every_cell_of_an_ablation_is_a_recipe_and_differs_in_what_it_says(few_shot, paper):
+    program = importlib.import_module("adapter_ablations")
+    cells = program.PAPERS[paper]
+    usual = cells[program.USUAL[paper]][2][paper]
+    for name, (varied, _, step) in cells.items():
         (spec,) = [entry.spec for entry in parse_recipe(yaml.safe_dump(recipe_of_few_shots(step))).steps[:1]]
         assert next(iter(step)) == spec.name
-        if spec.name == "adaptformer":
-            different = {
-                key for key in {**usual, **step["adaptformer"]} if step["adaptformer"].get(key) != usual.get(key)
-            }
-            assert different == ({varied} if name != program.USUAL else set())
+        if spec.name == paper:
+            different = {key for key in {**usual, **step[paper]} if step[paper].get(key) != usual.get(key)}
+            assert different == (set(varied.split(", ")) if name != program.USUAL[paper] else set())
 
 
 def recipe_of_few_shots(step):
@@ -251,7 +251,7 @@ def recipe_of_few_shots(step):
 
 
 def test_the_curve_has_finished_cells_of_both_methods(few_shot, tmp_path):
-    program = importlib.import_module("adaptformer_ablation")
+    program = importlib.import_module("adapter_ablations")
     for name, scores in {"width_4": (70, 72), "vpt_16": (60, 61), "serial": (50, 50), "width_16": ()}.items():
         for seed, score in enumerate(scores):
             (folder := tmp_path / f"final/{name}_seed{seed}").mkdir(parents=True)
@@ -262,7 +262,7 @@ def test_the_curve_has_finished_cells_of_both_methods(few_shot, tmp_path):
         ("AdaptFormer", 70, 71.0),
         ("VPT", 60, 60.5),
     ]
-    assert "| blocks |" not in (text := program.table(tmp_path, [0, 1, 2]))
+    assert "| blocks |" not in (text := program.table("adaptformer", tmp_path, [0, 1, 2]))
     assert "| form | after the MLP | 60 | 50.00 (50.00, 50.00) |" in text
     program.picture(points, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
