@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from compressvit.fitting.in_order import fit_in_order
 from compressvit.fitting.kept import Kept
 from compressvit.fitting.reference import Images, Reference
 from compressvit.model import surgery, ties
-from compressvit.transforms.base import LedgerEntry, Plan, Transform
+from compressvit.transforms.base import TRANSFORMS, LedgerEntry, Plan, Transform
 from compressvit.transforms.record import (
     Compression,
     claims_of,
@@ -249,7 +250,20 @@ def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Ima
     if not isinstance(model, nn.Module):
         raise UserError(f"compress takes a model, not a {type(model).__name__}; build one with timm.create_model(NAME)")
     if not isinstance(transforms, Sequence) or not all(isinstance(t, Transform) for t in transforms):
-        raise UserError(f"compress takes a list of transforms, e.g. [Multiplex(share=2)], not {transforms!r}")
+        raise UserError(
+            f"compress takes a list of transforms, e.g. [Multiplex(share=2)], not {transforms!r}{_in_python(transforms)}"
+        )
     student = surgery.deep_copy(model)
     transform_(student, transforms, calibration)
     return student
+
+
+def _in_python(given: Any) -> str:
+    """The class of the first step that is given by its name in recipes, in words."""
+    for item in [given] if isinstance(given, str | Mapping) else given if isinstance(given, Sequence) else ():
+        name = next(iter(item), None) if isinstance(item, Mapping) else item
+        if isinstance(name, str) and name in TRANSFORMS:
+            kind = TRANSFORMS[name]
+            package = "compressvit" if kind.__module__.startswith("compressvit.") else kind.__module__
+            return f"; {name} is {package}.{kind.__name__} in Python"
+    return ""

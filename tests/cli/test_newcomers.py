@@ -82,7 +82,14 @@ def test_what_is_never_trained_is_told():
     [
         ("vit_tiny_patch16_224", [Multiplex(share=2)], r"takes a model, not a str; .*timm\.create_model"),
         (None, Multiplex(share=2), r"takes a list of transforms, e\.g\. \[Multiplex"),
-        (None, [{"multiplex": {"share": 2}}], r"takes a list of transforms"),
+        (
+            None,
+            [{"multiplex": {"share": 2}}],
+            r"takes a list of transforms.*; multiplex is compressvit\.Multiplex in Python$",
+        ),
+        (None, ["low_rank"], r"not \['low_rank'\]; low_rank is compressvit\.LowRank in Python$"),
+        (None, "repadapter", r"; repadapter is compressvit\.RepAdapter in Python$"),
+        (None, ["nothing"], r"not \['nothing'\]$"),
     ],
 )
 def test_compress_says_what_it_takes(model, transforms, words):
