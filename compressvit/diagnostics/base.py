@@ -11,6 +11,7 @@ Neither changes the training: the final weights are the same with and without di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
@@ -47,6 +48,8 @@ class Context:
         labelled: `labelled(n)` yields the same images as batches (images, targets), with target −1 for no label.
         phase: name of the phase, e.g. '1_distill'.
         epoch: number of completed epochs of the phase; 0 before the first.
+        together: around what the processes of a run do together: in the block `processes.count()` is their number, and each measures the
+            same with the same models. No error may leave the block: raise it behind, in all of them.
     """
 
     student: Side
@@ -56,6 +59,7 @@ class Context:
     device: torch.device
     phase: str
     epoch: int
+    together: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def sides(self) -> dict[str, Side]:

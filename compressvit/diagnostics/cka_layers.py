@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from compressvit import processes
 from compressvit.charts.findings import Finding
 from compressvit.data.input import Side
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
@@ -28,6 +31,7 @@ def cka_matrix(
     batch_size: int = 64,
     kernel: Kernel = "linear",
     bandwidth: float = 1.0,
+    together: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> CKAResult:
     """CKA of every tap of one model (rows) with every tap of another (columns).
 
@@ -39,6 +43,7 @@ def cka_matrix(
         images: number of images.
         batch_size: number of images whose features are in memory together; at least 4.
         kernel, bandwidth: as for `compressvit.diagnostics.cka`.
+        together: as of a `Context`; batches are dealt out to the processes, and their sums added up.
 
     Raises:
         UserError: there are fewer than 4 images or no taps, a tap does not exist, or features are not finite.
@@ -49,9 +54,26 @@ def cka_matrix(
         raise UserError(f"CKA: batches of {batch_size} images are too small; it needs at least {LEAST} in each")
     stream = MinibatchCKA(first.taps, second.taps, kernel, bandwidth)
     subjects = [first] if first is second else [first, second]
-    steps = walk(subjects, batches, device, images, size=batch_size, least=LEAST)
-    for seen in progress(steps, "CKA", -(-images // batch_size)):
-        stream.add(seen[0], seen[-1])
+    failed: Exception | None = None
+    with together():
+        world, rank = processes.count(), processes.rank()
+        others = [0] if kernel == "rbf" else []  # its distances are those of the first batch, which every process needs
+        mine: Callable[[int], bool] = lambda number: number % world == rank or number in others  # noqa: E731
+        steps = walk(subjects, batches, device, images, size=batch_size, least=LEAST, mine=mine)
+        try:
+            seen = progress(steps, "CKA", -(-images // batch_size // world))
+            for number, (ours, *theirs) in zip(filter(mine, itertools.count()), seen, strict=False):
+                use = stream.add if number % world == rank else stream.look
+                use(ours, theirs[-1] if theirs else ours)
+        except Exception as error:  # the others have to know, and wait
+            failed = error
+        faults = processes.gathered(None if failed is None else str(failed) or type(failed).__name__)
+        if not any(faults):
+            stream.sum_up()
+    if failed is not None:
+        raise failed
+    if fault := next(filter(None, faults), None):
+        raise UserError(fault)
     return stream.result()
 
 
@@ -161,6 +183,7 @@ class CKA(MeasuredOnImages):
             batch_size=self.batch_size,
             kernel=self.kernel,
             bandwidth=self.bandwidth,
+            together=context.together,
         )
         layers = cka_layers_finding(result, context.when)
         return [cka_finding(result), *([layers] if layers else [])]

@@ -89,7 +89,14 @@ def features(subject: Subject, images: torch.Tensor, device: torch.device) -> di
 
 @torch.no_grad()
 def walk(
-    subjects: Sequence[Subject], batches: Batches, device: torch.device, images: int, *, size: int = 64, least: int = 1
+    subjects: Sequence[Subject],
+    batches: Batches,
+    device: torch.device,
+    images: int,
+    *,
+    size: int = 64,
+    least: int = 1,
+    mine: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
     """Features of several models on the same images, batch by batch.
 
@@ -99,6 +106,7 @@ def walk(
         images: maximum number of images.
         size: number of images in the batches that are formed. The last has between `least` and `size + least` images.
         least: the smallest usable batch; a smaller remainder is added to the batch before it.
+        mine: whether the batch of a number, from 0, is wanted; others are read and passed over.
 
     Yields:
         For every subject {path: (B, …)}; the dictionaries are emptied when the next batch is requested.
@@ -108,7 +116,9 @@ def walk(
     """
     own = [one.side.converter(subjects[0].side.input) for one in subjects]
     with _watched(subjects, device) as taps:
-        for batch in regrouped(batches(), images, size, least):
+        for number, batch in enumerate(regrouped(batches(), images, size, least)):
+            if not mine(number):
+                continue
             batch = batch.to(device)
             seen = []
             for one, convert, watcher in zip(subjects, own, taps, strict=True):

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compressvit import processes
 from compressvit.errors import UserError
 
 Kernel = Literal["linear", "rbf"]
@@ -117,6 +118,17 @@ class MinibatchCKA:
         self.images += count
         self.batches += 1
 
+    def look(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> None:
+        """Take the median distances from a batch without adding it: the first, where another process adds it."""
+        for side, (names, features) in enumerate(((self.rows, x), (self.columns, y))):
+            for name in names:
+                self._centred((side, name), features[name], len(features[name]))
+
+    def sum_up(self) -> None:
+        """Add up what all processes of a run have added, each its part of the batches."""
+        self.images, self.batches = processes.totals([self.images, self.batches])
+        self._sums.sum_up()
+
     def _centred(self, key: tuple[int, str], features: Tensor, count: int) -> Tensor:
         """The U-centred kernel matrix, flattened to (n²,); zeros for constant features."""
         _require_usable(key[1], features, count, LEAST)
@@ -155,6 +167,11 @@ class _Sums:
         self._means += weight * values
         self._first += weight**2 * values
         self._second += weight**2 * values[:, None] * values[None, :]
+
+    def sum_up(self) -> None:
+        """The sums of all processes, in each."""
+        mine = [self._weight, self._squares, self._means, self._first, self._second]
+        self._weight, self._squares, self._means, self._first, self._second = processes.totals(mine)
 
     def ratio(self, batches: int) -> tuple[Tensor, Tensor | None]:
         """The ratio of the means, and half the width of its 95 % interval (delta method, Student's t)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,20 @@ class Recorder:
                         self.keep(finding)
 
     def measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
-        """Run the diagnostics that are due at this epoch and were not run before, in the leader. Failures are reported, and training
-        continues."""
+        """Run the diagnostics that are due at this epoch and were not run before, in the leader, which the other processes help where a
+        diagnostic asks for it. Failures are reported, and training continues."""
         if self._measured:
-            processes.led(lambda: self._measure(phase, teacher, student, epoch, last))
+            helping = partial(self._help, phase, teacher, student, epoch)
+            processes.led(lambda: self._measure(phase, teacher, student, epoch, last), helping)
+
+    def _help(self, phase: str, teacher: Side | None, student: Side, epoch: int, name: str) -> None:
+        """In the others: measure the same as the leader, which alone keeps what is found and tells what failed."""
+        models = [side.model for side in (student, teacher) if side is not None]
+        with undisturbed(*models), suppress(Exception):
+            self._of(name).measure(self._context(phase, teacher, student, epoch, name))
+
+    def _of(self, name: str) -> Measured:
+        return next(spec for spec in self._measured if spec.name == name)
 
     def _measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
         due = [
@@ -86,9 +96,9 @@ class Recorder:
         with undisturbed(*models):
             for model in models:
                 model.to(self._device)
-            context = self._context(phase, teacher, student, epoch)
             for spec in due:
                 began = time.monotonic()
+                context = self._context(phase, teacher, student, epoch, spec.name)
                 with warn_and_continue(f"{phase}, epoch {epoch}: {spec.name} was not measured"):
                     found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
                     for finding in found:
@@ -122,7 +132,7 @@ class Recorder:
             rows = read_rows(path, MeasuredRow) if path.is_file() else []
         return any((row.diagnostic, row.phase, row.epoch) == (name, phase, epoch) for row in rows)
 
-    def _context(self, phase: str, teacher: Side | None, student: Side, epoch: int) -> Context:
+    def _context(self, phase: str, teacher: Side | None, student: Side, epoch: int, name: str) -> Context:
         labelled = partial(evaluation_images, self._datasets, self._data, student.input, self._device)
         return Context(
             student=student,
@@ -132,6 +142,7 @@ class Recorder:
             device=self._device,
             phase=phase,
             epoch=epoch,
+            together=partial(processes.together, name),
         )
 
 
@@ -142,7 +153,7 @@ def evaluation_images(
 
     Their order is random but fixed: data sets are often sorted by class, and an estimate from batches (CKA) cannot capture differences
     between classes if each batch has only one. A streaming data set yields its first images, in its own order. Broken files are skipped.
-    The global random generators are not used.
+    The global random generators are not used. Every process of a run has all of them.
     """
     subset: Any = datasets.validation
     if isinstance(subset, Samples):

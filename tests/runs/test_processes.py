@@ -157,6 +157,11 @@ def test_a_run_of_two_processes_is_that_of_one(kind, tmp_path):
             if key != "time" and isinstance(value, float):  # AdamW; measured 3e-5
                 assert theirs[key] == pytest.approx(value, rel=2e-3, abs=1e-5), (mine["phase"], mine["kind"], key)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+    if kind == "fitted":
+        alone, shared = (json.loads((tmp_path / n / "diagnostics" / "cka.json").read_text()) for n in ("one", "two"))
+        assert [record["row"] for record in shared["records"]] == [record["row"] for record in alone["records"]]
+        for mine, theirs in zip(alone["records"], shared["records"], strict=True):
+            assert theirs["cka"] == pytest.approx(mine["cka"], abs=1e-3)  # of weights that differ a little; measured
 
 
 def test_the_leader_alone_measures_and_chooses(tmp_path, monkeypatch):
