@@ -228,3 +228,33 @@ def test_what_is_shipped_is_measured_file_by_file(few_shot, tmp_path, monkeypatc
         assert (ours["top1"], ours["agreement"]) == (theirs["top1"], theirs["agreement"])
     assert (found[0]["agreement"], found[0]["images"]) == (100, 10)
     assert "| 100.0 % of the parameters, onnx, int8-static |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_merged_adapters_stand_beside_others_and_compute_the_same(few_shot, capsys):
+    program = importlib.import_module("merged_latency")
+    program.main(["--models", "test_vit", "test_convnext", "--batches", "1", "2", "--rounds", "3", "--threads", "1"])
+    out = capsys.readouterr().out
+    differences = [float(line.rpartition(" ")[2]) for line in out.splitlines() if "differ by" in line]
+    assert len(differences) == 2
+    assert max(differences) < 1e-4  # measured 1e-6
+    header, _, *rows = [line for line in out.rpartition("ratios to the backbone")[2].splitlines() if line]
+    assert header == "| backbone | images | backbone | AdaptFormer | RepAdapter | RepAdapter, merged |"
+    assert [row.split(" | ")[:2] for row in rows] == [
+        [f"| {name}", size] for name in ("test_vit", "test_convnext") for size in ("1", "2")
+    ]
+    adapted = program.variants("test_vit")
+    assert type(adapted[program.MERGED].blocks[0]) is type(adapted[program.BACKBONE].blocks[0])
+    assert adapted["RepAdapter"].blocks[0].attn.repadapter is not None
+
+
+@pytest.mark.slow
+def test_students_are_timed_in_every_runtime(few_shot, capsys):
+    program = importlib.import_module("runtimes")
+    chosen = ["low rank, pivoted", "repadapter"]
+    words = ["--model", "test_vit", "--students", *chosen, "--runtimes", "eager", "pt2", "--rounds", "3"]
+    program.main([*words, "--threads", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[0] == "| | eager | pt2 |"
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2:]] == ["teacher", *chosen, program.MERGED]
+    assert all(len(row.split(" | ")) == 3 for row in rows[2:])
+    assert not any("| – " in row for row in rows)
