@@ -7,6 +7,9 @@ the paper's usual adapter, which is in every table.
 - AdaptFormer, §4.3 and figure 4: the width of the bottleneck against prompts of VPT in every block (with `--picture` as a curve), the
   scale, the place (beside the MLP or after it) and the blocks that have one. Frames of clips are varied by `clips_by_time.py`.
 - RepAdapter, figure 4: before or after attention, MLP or both, with an activation or without, the groups; and the scale.
+- MiMi: adapters of half the width pruned to an eighth of their neurons, by the share that a cycle removes (one shot among them), the score
+  and the scope, and adapters that have a half or a sixteenth of the width from the start. Every cell is trained for as many epochs, and
+  has the rate that is best for the small adapters.
 
 Prints the hours that it will take from the first cell; a finished run is not run again. Writes `table.md`.
 
@@ -14,12 +17,14 @@ Prints the hours that it will take from the first cell; a finished run is not ru
     python benchmarks/adapter_ablations.py adaptformer --data few_shot/fashion_mnist --weights FILE --output runs/adaptformer --size 28
     python benchmarks/adapter_ablations.py adaptformer --output runs/adaptformer --table-only --picture curve.png
     python benchmarks/adapter_ablations.py repadapter --data few_shot/fashion_mnist --weights FILE --output runs/repadapter --size 28
+    python benchmarks/adapter_ablations.py mimi --data few_shot/fashion_mnist --weights FILE --output runs/mimi --size 28 --epochs 36
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +43,8 @@ WIDTHS, TOKENS = (1, 4, 16, 64, 256), (1, 4, 16, 64)
 BLOCKS = {"first three": "0-2", "first six": "0-5", "last six": "6-11", "last three": "9-11"}
 WIDTH, SCALE, FORM, SPAN, PROMPTS, ALONE = "width", "scale", "form", "blocks", "prompts of VPT", "neither"
 POSITION, PLACE, ACT, GROUPS = "position", "place", "act", "groups"
+RATE, SCORE, SCOPE, DIRECT = "rate", "score", "scope", "trained at its size"
+LEFT = 0.125  # of the neurons of MiMi's adapters
 LINEAR: dict[str, tuple[str, str, Step]] = {"linear": (ALONE, "classifier alone", {"freeze": {"train": "head"}})}
 
 
@@ -49,6 +56,12 @@ def adaptformer(**options: Any) -> Step:
 def repadapter(**options: Any) -> Step:
     """The step with the paper's values but for some, and a scale of its grid."""
     return {"repadapter": {"width": 8, "groups": 2, "scale": 1.0, "place": "block", "position": "before", **options}}
+
+
+def mimi(**options: Any) -> Step:
+    """Adapters of half of DINOv2 ViT-S/14's width, and how they are pruned: as the paper does but for some options."""
+    pruned = {"target": {"neurons": LEFT}, "rate": 0.5, "score": "magnitude", "scope": "global", **options}
+    return {"adapters": {"width": 192}, "prune": pruned}
 
 
 ADAPTFORMER: Cells = {
@@ -72,8 +85,36 @@ REPADAPTER: Cells = {
     **{act: (ACT, act.upper(), repadapter(act=act)) for act in ("relu", "gelu")},
     **{f"scale_{scale:g}": (SCALE, f"{scale:g}", repadapter(scale=scale)) for scale in (0.1, 0.5, 5.0, 10.0)},
 }
-PAPERS: dict[str, Cells] = {"adaptformer": ADAPTFORMER, "repadapter": REPADAPTER}
-USUAL = {"adaptformer": "width_64", "repadapter": "groups_2"}  # what the other cells differ from
+MIMI: Cells = {
+    "small": (DIRECT, "1/16 of the width", {"adapters": {"width": 24}}),
+    "large": (DIRECT, "half of the width", {"adapters": {"width": 192}}),
+    "rate_0.5": (RATE, "0.5", mimi()),
+    "rate_0.25": (RATE, "0.25", mimi(rate=0.25)),
+    "rate_0.75": (RATE, "0.75", mimi(rate=0.75)),
+    "one_shot": (RATE, "0.875 (one shot)", mimi(rate=1 - LEFT)),
+    "local": (SCOPE, "local", mimi(scope="local")),
+    **{
+        f"score_{score}": (SCORE, score, mimi(score=score))
+        for score in ("sum", "shape", "relative", "down", "gradient", "taylor", "activation", "random")
+    },
+}
+PAPERS: dict[str, Cells] = {"adaptformer": ADAPTFORMER, "repadapter": REPADAPTER, "mimi": MIMI}
+USUAL = {"adaptformer": "width_64", "repadapter": "groups_2", "mimi": "rate_0.5"}  # what the other cells differ from
+
+
+def removals(options: Mapping[str, Any]) -> int:
+    """How often neurons are removed until the target is reached."""
+    return math.ceil(round(math.log(options["target"]["neurons"]) / math.log(1 - options["rate"]), 9))
+
+
+def steps_of(step: Step, rate: float, task: Task) -> list[dict[str, Any]]:
+    """The steps of a run: the adapters, and their training, with removals in between where they are pruned."""
+    if (options := step.get("prune")) is None:
+        return [step, {"finetune": task.training(rate)}]
+    each = task.epochs // (1 + removals(options))
+    if each < 1 or each * (1 + removals(options)) != task.epochs:
+        raise SystemExit(f"--epochs {task.epochs} do not divide by {1 + removals(options)} trainings; give e.g. 36")
+    return [{"adapters": step["adapters"]}, {"prune": {**task.training(rate, each), **options}}]
 
 
 def results(output: Path, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -131,11 +172,11 @@ def train(task: Task, paper: str, names: Sequence[str], seeds: Sequence[int]) ->
     """Choose a rate for every cell, then run its seeds."""
     started, first = time.time(), True
     for name in names:
-        chosen = task.choose(name, [PAPERS[paper][name][2]])
+        step = PAPERS[paper][name][2]
+        of = "small" if paper == "mimi" else name
+        rate = task.choose(of, [PAPERS[paper][of][2]]).rate
         for seed in seeds:
-            task.cell(
-                f"final/{name}_seed{seed}", [*chosen.steps, {"finetune": task.training(chosen.rate)}], seed, FINAL
-            )
+            task.cell(f"final/{name}_seed{seed}", steps_of(step, rate, task), seed, FINAL)
         if first:
             each = (time.time() - started) / 3600
             print(f"about {each * len(names):.1f} hours in all, as long as the first cell for each", flush=True)

@@ -232,22 +232,29 @@ def test_a_short_soak_is_flat(soak, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- ablations
 
 
-@pytest.mark.parametrize("paper", ["adaptformer", "repadapter"])
+@pytest.mark.parametrize("paper", ["adaptformer", "repadapter", "mimi"])
 def test_every_cell_of_an_ablation_is_a_recipe_and_differs_in_what_it_says(few_shot, paper):
     program = importlib.import_module("adapter_ablations")
     cells = program.PAPERS[paper]
-    usual = cells[program.USUAL[paper]][2][paper]
+    key_of = {"mimi": "prune"}.get(paper, paper)
+    usual = cells[program.USUAL[paper]][2][key_of]
+    task = few_shot.Task({}, Path(), 36, "fp32")
     for name, (varied, _, step) in cells.items():
-        (spec,) = [entry.spec for entry in parse_recipe(yaml.safe_dump(recipe_of_few_shots(step))).steps[:1]]
-        assert next(iter(step)) == spec.name
-        if spec.name == paper:
-            different = {key for key in {**usual, **step[paper]} if step[paper].get(key) != usual.get(key)}
+        steps = program.steps_of(step, 1e-3, task)
+        entries = parse_recipe(yaml.safe_dump(recipe_of_few_shots(steps))).steps
+        assert [entry.spec.name for entry in entries] == [
+            *(["adapters", "prune"] if "prune" in step else [*step, "finetune"])
+        ]
+        if key_of == "prune" and key_of in step:
+            assert entries[1].spec.epochs * (1 + program.removals(step["prune"])) == 36
+        if key_of in step:
+            different = {key for key in {**usual, **step[key_of]} if step[key_of].get(key) != usual.get(key)}
             assert different == (set(varied.split(", ")) if name != program.USUAL[paper] else set())
 
 
-def recipe_of_few_shots(step):
+def recipe_of_few_shots(steps):
     teacher = {"model": "vit_tiny_patch16_224", "weights": "random"}
-    return {"teacher": teacher, "data": {"name": "digits"}, "steps": [step, {"finetune": {"epochs": 1, "lr": 1e-3}}]}
+    return {"teacher": teacher, "data": {"name": "digits"}, "steps": steps}
 
 
 def test_the_curve_has_finished_cells_of_both_methods(few_shot, tmp_path):
