@@ -345,6 +345,17 @@ def test_features_of_something_else_are_refused_with_what_differs(word, told, ke
     assert message.endswith(f"; give another folder, or remove them with `compressvit cache clear {folder}`")
 
 
+def test_other_frames_of_the_same_videos_are_something_else(tmp_path):
+    """A glimpse of a video is one frame, which is the same."""
+    file, where = written(tmp_path, "video")
+    words = (f"{where}.epochs=1", f"{where}.cache.folder={tmp_path / 'features'}")
+    apply(file, "run", *words)
+    again = ("--output", tmp_path / "other", "--no-report", "--device", "cpu", "--overwrite", *words)
+    assert "data.clip.stride is 2 there and 1 here" in refused("apply", file, *again, "data.clip.stride=1")
+    assert "holds features of something else" in refused("apply", file, *again, "data.clip.sampling=segments")
+    done("apply", file, *again, "data.clip.views=2")  # of evaluations
+
+
 def test_another_head_reads_the_same_features(file, computed):
     apply(file, "run")
     computed.clear()
