@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -65,7 +66,11 @@ def _require_known_verb(words: Sequence[str], parser: argparse.ArgumentParser, v
     """End the program if the first word is no verb, and name the one that it is like."""
     word = next(iter(words), "-")
     if not (word.startswith("-") or word in verbs):
-        recipe = f"; to run a recipe: compressvit apply {word}" if word.endswith((".yaml", ".yml")) else ""
+        recipe = (
+            f"; to run a recipe: compressvit apply {printable(shlex.quote(word))}"
+            if word.endswith((".yaml", ".yml"))
+            else ""
+        )
         parser.error(f"there is no verb {word!r}{recipe or '; ' + did_you_mean(word, verbs, list_at_most=20)}")
 
 

@@ -48,10 +48,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         found = store.verify()
         answers, views = sum(view.answers for view in found), len(found)
         what = next((word for word in ("features", "teacher") if word in index.identity), "")
-        kept, model = (
-            "features" if what == "features" else "answers",
-            index.identity.get(what, {}).get("model", "a model"),
-        )
+        kept, of = "features" if what == "features" else "answers", index.identity.get(what)
+        model = of.get("model", "a model") if isinstance(of, dict) else "a model"  # a file of anybody's
         print(
             printable(f"{folder}: {answers:,} {kept} of {model}: {counted(views, 'view')} of {index.images:,} images")
         )

@@ -91,7 +91,9 @@ class Loader(PrefetchLoader):
         datasets, data, augment = self.made_of
         train = datasets.train
         assert isinstance(train, Samples), "streams show no views"
-        look = {"files": train.identity(), "pixels": train.glimpse(_LOOKED_AT)}
+        look: dict[str, Any] = {"files": train.identity(), "pixels": train.glimpse(_LOOKED_AT)}
+        if train.clips is not None:  # a glimpse is of one frame
+            look["clip"] = train.clips.model_dump(mode="json", include={"sampling", "stride"})
         return {
             "data": {"name": data.name, "images": len(train), **look},
             "preprocessing": {**self.config.as_dict(), "exif": data.exif},

@@ -114,6 +114,11 @@ class Clip(Spec):
         description="Crops of each of these clips: the centre as of images, or 3 squares along the longer side, as in published figures.",
     )
 
+    @property
+    def shown(self) -> int:
+        """How many clips of a video an evaluation shows."""
+        return self.views * self.crops
+
 
 def _describe_names(schema: JsonDict) -> None:
     """Say in the schema which sets there are; the registry is not read before somebody asks."""

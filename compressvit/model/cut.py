@@ -10,11 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compressvit.errors import UserError
-from compressvit.model.backbone import family_of, head_paths, model_name
+from compressvit.model import surgery
+from compressvit.model.backbone import family_of, head_paths, input_size, model_name
+from compressvit.model.cost import taking
 from compressvit.model.modules import as_timm
+from compressvit.model.shapes import RememberedShapes
 
 # Gives the features of images: `take(images, compute)`, where `compute(images)` computes them.
 Take = Callable[[Tensor, Callable[[Tensor], Any]], Any]
@@ -76,7 +80,24 @@ def cut_of(model: nn.Module) -> Cut:
             "leave cache out"
         )
     # of two classifiers, or one that is a convolution, each is given something else
-    return Cut("", POOLED if isinstance(as_timm(model).get_classifier(), nn.Linear) else "forward_features")
+    pooled = isinstance(as_timm(model).get_classifier(), nn.Linear) and _only_classifies(model)
+    return Cut("", POOLED if pooled else "forward_features")
+
+
+def _only_classifies(model: nn.Module) -> bool:
+    """Whether the classifier is all that runs after the vector that timm's `forward_head` gives with `pre_logits`. Some models norm it
+    first, or add what a classifier of the tokens says."""
+    skeleton, size, called = surgery.skeleton(model).eval(), input_size(model), set[nn.Module]()
+    for module in skeleton.modules():
+        module.register_forward_hook(lambda module, *_: called.add(module))
+    whole: Any = as_timm(skeleton)
+    with torch.no_grad(), RememberedShapes(), taking(skeleton, size):
+        features = whole.forward_features(torch.empty(2, *size, device="meta"))
+        called.clear()
+        whole.forward_head(features, pre_logits=True)
+        before = set(called)
+        whole.forward_head(features)
+    return called - before <= set(whole.get_classifier().modules())
 
 
 def _within(path: str, whole: str) -> bool:

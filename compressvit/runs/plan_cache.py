@@ -29,8 +29,9 @@ def count_answers(recipe: Recipe, plan: RecipePlan) -> None:
             step.cache.images = plan.data.train
             step.cache.bytes = step.cache.views * plan.data.train * step.cache.answer_bytes
             refuse_size(asked[step.step], step.cache.views, plan.data.train, step.cache.answer_bytes)
-            held_out = (step.cache.held_out_bytes or 0) * plan.data.validation
+            images = plan.data.validation * recipe.data.clip.shown
+            held_out = (step.cache.held_out_bytes or 0) * images
             if step.cache.bytes + held_out > asked[step.step].limit_gb * 1e9:
                 step.cache.held_out_bytes = None
             elif held_out:
-                step.cache.held_out = plan.data.validation
+                step.cache.held_out = images

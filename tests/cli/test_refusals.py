@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import build, images_for
-from helpers.runs import refused, run
+from helpers.runs import done, refused, run
 from PIL import Image
 
 import compressvit
@@ -133,9 +134,19 @@ def test_a_verb_that_is_none():
     for word, hint in (
         ("aply", "there is no verb 'aply'; did you mean 'apply'? (known: shrink, apply, "),
         ("mine.yaml", "there is no verb 'mine.yaml'; to run a recipe: compressvit apply mine.yaml"),
+        ("my own.yaml", "to run a recipe: compressvit apply 'my own.yaml'"),
+        ("\x1b[31m.yaml", "to run a recipe: compressvit apply '\\x1b[31m.yaml'"),
     ):
         code, _, err = run(word, "quickstart")
         assert (code, hint in err) == (2, True), err
+
+
+def test_a_cache_that_is_damaged_on_the_way(tmp_path):
+    index = {"images": 3, "bytes": 4, "identity": {"features": 5}}
+    (tmp_path / "cache.json").write_text(json.dumps(index))
+    assert "0 features of a model: 0 views of 3 images" in done("cache", "verify", tmp_path)
+    (tmp_path / "view-00000.bin").mkdir()
+    assert "view-00000.bin cannot be read: it is a folder" in refused("cache", "verify", tmp_path)
 
 
 def test_a_setting_that_is_written_as_an_option():

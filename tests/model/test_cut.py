@@ -36,6 +36,8 @@ OTHERS = {
     "resnet": ("resnet10t", {}),
     "pooled by attention": ("vit_tiny_patch16_224", {**VIT, "img_size": 32, "global_pool": "map"}),
     "a convolution as classifier": ("mobilenetv3_small_050", {}),
+    "a norm before the classifier": ("efficientvit_m0", {}),  # after what it gives with pre_logits
+    "a classifier of the tokens beside it": ("volo_d1_224", {}),
 }
 CLASSIFIERS = [name for name in models.examples() if name not in (*ON_A_BACKBONE, "headless")]
 NAMES = [*ON_A_BACKBONE, *OTHERS, *CLASSIFIERS]
@@ -55,7 +57,9 @@ def outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return in_one(model(images))
 
 
-@pytest.mark.wide_unless(lambda name: name in (*ON_A_BACKBONE, *OTHERS, "vit", "deit_distilled", "swin", "convnext"))
+@pytest.mark.wide_unless(
+    lambda name: name in (*ON_A_BACKBONE, *OTHERS, "vit", "deit_distilled", "swin", "convnext") and "tokens" not in name
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rest_of_a_model_gives_its_outputs_from_the_features_alone(name):
     model, kept = model_of(name), []

@@ -282,6 +282,16 @@ def test_evaluations_read_what_is_held_out(file, monkeypatch):
     assert "; of held-out images 80 and 0" in log
 
 
+def test_every_clip_of_a_held_out_video_is_kept(tmp_path):
+    file, _ = written(tmp_path, "video")
+    words = ("data.clip.views=2", "data.clip.crops=3", "steps.0.finetune.epochs=2", "data.eval_batch_size=4")
+    told = " ".join((apply(file, "run", *words) / "run.log").read_text().split())
+    assert "of 18 images in 68 bytes each, and 36 held out in 84, 5.5 kB when" in told
+    assert "; of held-out images 36 and 36" in told
+    (inside,) = cache_of(file).glob("held_out*")
+    assert (inside / "view-00000.bin").stat().st_size == 36 * 84
+
+
 def test_an_image_never_has_the_held_out_features_of_another(file, monkeypatch):
     """What is asked for in another order than before is computed."""
     places, original = [], held_out.HeldOut._places
@@ -333,6 +343,17 @@ def test_features_of_something_else_are_refused_with_what_differs(word, told, ke
     assert message.startswith(f"cache.folder={folder} holds features of something else: ")
     assert told in message
     assert message.endswith(f"; give another folder, or remove them with `compressvit cache clear {folder}`")
+
+
+def test_other_frames_of_the_same_videos_are_something_else(tmp_path):
+    """A glimpse of a video is one frame, which is the same."""
+    file, where = written(tmp_path, "video")
+    words = (f"{where}.epochs=1", f"{where}.cache.folder={tmp_path / 'features'}")
+    apply(file, "run", *words)
+    again = ("--output", tmp_path / "other", "--no-report", "--device", "cpu", "--overwrite", *words)
+    assert "data.clip.stride is 2 there and 1 here" in refused("apply", file, *again, "data.clip.stride=1")
+    assert "holds features of something else" in refused("apply", file, *again, "data.clip.sampling=segments")
+    done("apply", file, *again, "data.clip.views=2")  # of evaluations
 
 
 def test_another_head_reads_the_same_features(file, computed):
@@ -403,16 +424,19 @@ def test_drop_path_of_the_recipe_turns_off_that_of_the_model(file):
 @pytest.mark.wide
 def test_several_processes_fill_one_cache(file, computed):
     """And one process reads what they have kept."""
-    words = ("data.batch_size=4", "data.limit_train=24")
+    words = ("data.batch_size=4", "data.limit_train=24", "data.limit_val=20", "data.eval_batch_size=8")
 
     def filled():
         folder = file.parent / "both"
         return run("apply", file, "--output", folder, "--no-report", "--device", "cpu", *words)[0]
 
     assert together(2, filled) == [0, 0]
+    log = " ".join((file.parent / "both" / "run.log").read_text().split())
+    assert "; of held-out images 60 and 20" in log
     folder = cache_of(file)
     assert [found.answers for found in Store(folder, read_index(folder)).verify()] == [24, 24]
     computed.clear()
-    apply(file, "one", "data.batch_size=8", "data.limit_train=24")
+    one = apply(file, "one", *words, "data.batch_size=8")
     assert cache_of(file) == folder
+    assert "; of held-out images 80 and 0" in " ".join((one / "run.log").read_text().split())
     assert computed == []

@@ -14,6 +14,7 @@ from compressvit.errors import UserError
 from compressvit.tasks.base import find_task, task_of
 from compressvit.training import losses
 from compressvit.training.asking import Asked, Shown
+from compressvit.training.cache import cache as caching
 from compressvit.training.cache.cache import TeacherCache
 from compressvit.training.cache.form import Bytes, Halves, Singles, TopLogits, form_of
 from compressvit.training.cache.identity import of_teacher
@@ -287,6 +288,24 @@ def test_what_a_killed_run_left_of_an_index_is_in_nobodys_way(tmp_path):
     assert not tmp_path.exists()
     tmp_path.write_text("a file")
     assert not is_free(tmp_path)
+
+
+def test_a_folder_that_another_run_makes_a_cache_at_the_same_moment_is_taken(tmp_path, monkeypatch):
+    """Found with four processes that made 1,500 folders each: seven were refused."""
+    index = Index(images=3, bytes=5, identity={"of": "one"})
+
+    def free(folder):
+        create(folder, index)
+        return is_free(folder)
+
+    monkeypatch.setattr(caching, "is_free", free)
+    caching.make(tmp_path / "one", index, "answers", "answers to")
+    assert read_index(tmp_path / "one") == index
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a").touch()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="holds something other than answers; give an empty folder"):
+        caching.make(tmp_path / "other", index, "answers", "answers to")
 
 
 def test_answers_that_are_no_tensors_are_refused():

@@ -218,7 +218,8 @@ def _identity(
 def make(folder: Path, index: Index, whole: str, of: str) -> None:
     """Make the folder a cache, or see that it is the one that is meant."""
     if not (folder / INDEX).exists():
-        if not is_free(folder):
+        # another run may have made it one since
+        if not is_free(folder) and not (folder / INDEX).exists():
             raise UserError(f"cache.folder={folder} holds something other than {whole}; give an empty folder")
         create(folder, index)
     there = read_index(folder)

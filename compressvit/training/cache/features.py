@@ -264,24 +264,28 @@ def open_features(spec: Features, training: Training, loader: Any, side: Side, b
     views = spec.views or training.epochs
     store = taken(spec, views, index, beside.parent / "feature_cache", _HOLDS)
     left = spec.limit_gb * 1e9 - views * view_bytes(index.images, index.bytes)
-    held_out = _held_out(cut, form, found, loader.made_of[0].validation, store.folder, left)
+    held_out = _held_out(cut, form, found, loader, store.folder, left)
     return FeatureCache(cut, held_out, spec, views, form, store)
 
 
 def _held_out(
-    cut: Cut, form: FeatureForm, found: dict[str, Any], validation: Any, folder: Path, left: float
+    cut: Cut, form: FeatureForm, found: dict[str, Any], loader: Any, folder: Path, left: float
 ) -> HeldOut | None:
     """The features of held-out images; None of a stream, or where they would take more than the `left` bytes."""
     exact = FeatureForm(tuple(Singles(part.shape) for part in form.parts), form.listed)
-    if not isinstance(validation, Samples) or view_bytes(len(validation), exact.bytes + HASH) > left:
+    datasets, data, _ = loader.made_of
+    validation, clips = datasets.validation, data.clip.shown
+    images = len(validation) * clips if isinstance(validation, Samples) else 0
+    if not isinstance(validation, Samples) or view_bytes(images, exact.bytes + HASH) > left:
         return None
     identified = {
         "features": {**found["features"], "precision": "fp32"},  # of an evaluation
-        "held_out": {"images": len(validation), "files": validation.identity()},
+        "held_out": {"images": images, "files": validation.identity()},
         "preprocessing": found["preprocessing"],
         "kept": exact.words(),
     }
-    index = Index(images=len(validation), bytes=exact.bytes + HASH, identity=identified)
+    index = Index(images=images, bytes=exact.bytes + HASH, identity=identified)
     inside = folder / f"{HELD_OUT}{identity.name_of(identified)}"
     processes.led(lambda: make(inside, index, *_HOLDS))
-    return HeldOut(cut, exact, Store(inside, index))
+    batch = min(data.eval_batch_size or data.batch_size, len(validation)) * clips
+    return HeldOut(cut, exact, Store(inside, index), batch)

@@ -1,7 +1,8 @@
 """The features of held-out images, which evaluations during a phase read.
 
-An evaluation does not say which images its batches have: rows are looked for at the places of an order that stays the same, and one counts
-only where the hash of the image is beside the features. So another order costs time, and never gives an image the features of another.
+An evaluation does not say which images its batches have: rows are looked for at the places of an order that stays the same, in which
+batches are dealt out to the processes of a run in turn, and one counts only where the hash of the image is beside the features. So another
+order costs time, and never gives an image the features of another.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ class HeldOut:
     Args:
         form: of the features, without the hash; in float32, so that figures are those of features that are computed.
         store: of rows of that form and the hash.
+        batch: how many images the backbone is given at once, but for the last ones.
 
     Attributes:
         read, asked: how many images' this process has read, and how many it has computed.
     """
 
-    def __init__(self, cut: Cut, form: Any, store: Store):
-        self._cut, self._form, self._store = cut, form, store
-        self.read = self.asked = self._seen = 0
+    def __init__(self, cut: Cut, form: Any, store: Store, batch: int):
+        self._cut, self._form, self._store, self._batch = cut, form, store, batch
+        self.read = self.asked = self._batches = 0
 
     def evaluating(self, evaluate: Callable[[nn.Module], dict[str, Any]]) -> Callable[[nn.Module], dict[str, Any]]:
         """An evaluation that reads what is there, and keeps what it computes."""
 
         def evaluated(model: nn.Module) -> dict[str, Any]:
-            self._seen = 0
+            self._batches = 0
             try:
                 with self._cut.through(model, self._take):
                     return evaluate(model)
@@ -69,9 +71,9 @@ class HeldOut:
 
     def _places(self, count: int) -> list[int]:
         """Of the next images; -1 of those for which there is no row."""
-        step, first = processes.count(), processes.rank()
-        places = [first + step * (self._seen + i) for i in range(count)]
-        self._seen += count
+        first = (self._batches * processes.count() + processes.rank()) * self._batch
+        self._batches += 1
+        places = range(first, first + count)
         return [place if place < self._store.index.images else -1 for place in places]
 
 

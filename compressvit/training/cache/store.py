@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, put, sync
-from compressvit.reading import read_json
+from compressvit.reading import open_regular, read_json
 from compressvit.spec import Frozen
 from compressvit.training.cache.spec import CacheFiles
 
@@ -139,12 +139,12 @@ class Store:
         self._file, self._view = None, -1
 
     def verify(self) -> list[Verified]:
-        """Compare every row of every view with its checksum."""
+        """Compare every row of every view with its checksum. Raises a `UserError` where a view is no file that can be read."""
         found = []
         for path in views_in(self.folder):
             view, size = int(path.stem.partition("-")[2]), path.stat().st_size
             answers, damaged = 0, []
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 for place in range(min(self.index.images, size // self._row)):
                     row = np.frombuffer(file.read(self._row), dtype=np.uint8)
                     if _sound(row, view, place):
