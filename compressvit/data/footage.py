@@ -76,7 +76,9 @@ def _reason(error: Exception) -> str:
 
 
 def _of_folder(path: str, choose: Choose) -> tuple[list[np.ndarray], Read]:
-    names = sorted((name for name in os.listdir(path) if name.lower().endswith(EXTENSIONS)), key=natural_key)
+    with os.scandir(path) as entries:  # a pipe would block
+        pictures = [entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS) and entry.is_file()]
+    names = sorted(pictures, key=natural_key)
     if not names:
         raise BrokenPicture("it is a folder without pictures, so a clip without frames")
     wanted, done, found = choose(len(names)), Read(0), dict[int, np.ndarray]()

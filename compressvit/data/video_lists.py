@@ -15,12 +15,13 @@ from __future__ import annotations
 import csv
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from compressvit.data.classes import ORDERS, composed, numbers_of, read_names, some_of
-from compressvit.data.files import lies_in, natural_key
+from compressvit.data.files import SPECIAL, lies_in, natural_key
 from compressvit.data.footage import SUFFIXES
 from compressvit.data.notes import counted
 from compressvit.data.spec import Data
@@ -61,7 +62,8 @@ class Videos:
         found = []
         if self.missing:
             of = len(self.missing) + len(self.samples)
-            text = f"{self.file.name}: {len(self.missing):,} of its {counted(of, 'video')} not there, passed over, first {self.missing[0]}"
+            first = _short(self.missing[0])
+            text = f"{self.file.name}: {len(self.missing):,} of its {counted(of, 'video')} not there, passed over, first {first}"
             found.append(Note("missing_videos", len(self.missing), text))
         if self.outside:
             text = f"{self.file.name}: {counted(self.outside, 'video')} read from outside data.root"
@@ -79,8 +81,8 @@ def read_entries(file: Path) -> list[Entry]:
         lines = read_text(file).lstrip("\ufeff").splitlines()
     except Unreadable as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-    if lines and {*_KINETICS} <= {*next(csv.reader(lines[:1]))}:
-        entries = [_of_kinetics(row, file, number) for number, row in enumerate(csv.DictReader(lines), 2)]
+    if lines and {*_KINETICS} <= {*(name.strip().strip('"') for name in lines[0].split(","))}:
+        entries = _of_kinetics(lines, file)
     else:
         entries = [_entry(line.strip(), file, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not entries:
@@ -92,8 +94,9 @@ def _entry(line: str, file: Path, number: int) -> Entry:
     path, label = _split(line)
     label = label.strip().strip('"')
     if not path or not label or label.startswith("-"):
-        shown = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
-        raise UserError(f"{file}, line {number}: {shown!r} is not `PATH LABEL` with a label from 0, or `PATH;class`")
+        raise UserError(
+            f"{file}, line {number}: {_short(line)!r} is not `PATH LABEL` with a label from 0, or `PATH;class`"
+        )
     if not label.isdecimal():
         return Entry((path,), label)
     if int(label) >= MOST_CLASSES:
@@ -101,6 +104,10 @@ def _entry(line: str, file: Path, number: int) -> Entry:
             f"{file}, line {number}: label {label[:20]} would make more than {MOST_CLASSES:,} classes; labels count from 0 without gaps"
         )
     return Entry((path,), int(label))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _split(line: str) -> tuple[str, str]:
@@ -121,14 +128,23 @@ def _split(line: str) -> tuple[str, str]:
     return path.strip('"'), label
 
 
-def _of_kinetics(row: dict[str, str], file: Path, number: int) -> Entry:
+def _of_kinetics(lines: Sequence[str], file: Path) -> list[Entry]:
+    entries: list[Entry] = []
+    rows = csv.DictReader(lines)
     try:
-        label, start, end = row["label"].strip(), int(float(row["time_start"])), int(float(row["time_end"]))
-        name = f"{row['youtube_id'].strip()}_{start:06d}_{end:06d}"
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        entries += map(_clip, rows)
+    except (KeyError, ValueError, AttributeError, TypeError, OverflowError, csv.Error) as error:
+        number = rows.line_num + isinstance(error, csv.Error)  # which is of the line after the last that was read
+        reason = "it has fewer fields" if isinstance(error, (AttributeError, TypeError)) else str(error)
         raise UserError(
-            f"{file}, line {number} is not {','.join(_KINETICS)} as Kinetics' own lists have it: {error}"
+            f"{file}, line {number} is not {','.join(_KINETICS)} as Kinetics' own lists have it: {reason}"
         ) from error
+    return entries
+
+
+def _clip(row: dict[str, str]) -> Entry:
+    label, start, end = row["label"].strip(), int(float(row["time_start"])), int(float(row["time_end"]))
+    name = f"{row['youtube_id'].strip()}_{start:06d}_{end:06d}"
     split = (row.get("split") or "").strip()
     folders = [[split, label], [split, label.replace(" ", "_")], [split], [label], [label.replace(" ", "_")], []]
     return Entry(tuple(dict.fromkeys("/".join([*filter(None, folder), name]) for folder in folders)), label)
@@ -138,7 +154,7 @@ def found_videos(file: Path, entries: Sequence[Entry], root: Path, data: Data) -
     """Those of a list that are there.
 
     Raises:
-        UserError: none is, or one lies outside of the root and may not (`data.outside`).
+        UserError: none is, one is a pipe or a device, which would block, or one lies outside of the root and may not (`data.outside`).
     """
     videos = Videos(file)
     for entry in entries:
@@ -146,12 +162,14 @@ def found_videos(file: Path, entries: Sequence[Entry], root: Path, data: Data) -
         if path is None:
             videos.missing.append(entry.paths[0])
             continue
+        if what := SPECIAL.get(stat.S_IFMT(os.stat(path).st_mode)):
+            raise UserError(f"{file}: {path} is {what}, not a video")
         videos.outside += _is_outside(path, root, file, data)
         videos.samples.append((path, entry.label))
     if not videos.samples:
+        first = root / _short(entries[0].paths[0])
         raise UserError(
-            f"{file}: none of its {counted(len(entries), 'video')} is there, first {root / entries[0].paths[0]}; paths are relative to "
-            "data.root"
+            f"{file}: none of its {counted(len(entries), 'video')} is there, first {first}; paths are relative to data.root"
         )
     return videos
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
 from helpers.moving import frames, write_folder
 from helpers.runs import refused
 
+from compressvit.data.footage import read_frames
 from compressvit.data.input import InputConfig
+from compressvit.data.levels import BrokenPicture
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.data.video_lists import Entry, read_entries
 from compressvit.errors import UserError
+
+KINETICS = "label,youtube_id,time_start,time_end,split\n"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,11 @@ def lists(folder, train="a 0\nb 1\n", val="a 0\nb 1\n"):
         ("c 0\nd 1\n", {}, "train.csv: none of its 2 videos is there, first"),
         ("../x/a 0\n", {}, "none of its 1 video is there"),
         ("a 0\nb 1\n", {"train_split": "trian"}, r"data.train_split=trian: there is no .*trian.csv or .txt; did you mean train"),
-        ("label,youtube_id,time_start,time_end,split\na,b,c,3,train\n", {}, "line 2 is not label,youtube_id,time_start,time_end"),
+        (f"{KINETICS}a,b,c,3,train\n", {}, "line 2 is not label,youtube_id,time_start,time_end"),
+        (f"{KINETICS}a,b,inf,3,train\n", {}, "line 2 is not label,.*: cannot convert float infinity to integer"),
+        (f"{KINETICS}a,b\n", {}, "line 2 is not label,.*: it has fewer fields"),
+        (f"{KINETICS}a,b,1,2,train\n{'x' * 200_000},b,1,2,train\n", {}, "line 3 is not label,.*: field larger than"),
+        (f"{'x' * 200_000} 0\n", {}, "none of its 1 video is there, first .{80,200}…; paths"),
         ("a 0\nb 0\n", {"test_split": "test"}, "has splits of its own"),
     ],
 )  # fmt: skip
@@ -111,6 +120,17 @@ def test_lists_that_cannot_be_used_are_refused(rows, options, text, tmp_path):
     lists(tmp_path, train=rows)
     with pytest.raises((UserError, ValueError), match=text):
         open_data(Data(name="videos", root=str(tmp_path), **options))
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    lists(tmp_path, train="a 0\npipe.mp4 1\n")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(UserError, match=r"train.csv: .*pipe.mp4 is a named pipe, not a video"):
+        open_data(Data(name="videos", root=str(tmp_path)))
+    (tmp_path / "frames").mkdir()
+    os.mkfifo(tmp_path / "frames" / "0.png")
+    with pytest.raises(BrokenPicture, match="a folder without pictures"):
+        read_frames(str(tmp_path / "frames"), lambda count: [0])
 
 
 def test_a_video_outside_of_the_root_is_refused(tmp_path):
