@@ -22,6 +22,7 @@ from compressvit.model.old import current_checkpoint
 from compressvit.model.weights import hash_tensors
 from compressvit.spec import first_fault
 from compressvit.training.phase import Phase
+from compressvit.training.sharding import kept, load
 from compressvit.transforms.record import only_adapted
 
 _UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
@@ -159,8 +160,8 @@ class TrainedState:
         return {name: tensor for name, tensor in ties.unique_state(model).items() if name not in self._frozen}
 
     def copied(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """A copy of the current state (see `of`) on the CPU."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.of(model).items()}
+        """A copy of the current state (see `of`), on the CPU where it is not in shards."""
+        return {name: kept(tensor) for name, tensor in self.of(model).items()}
 
     def load(self, saved: dict[str, Any], model: nn.Module, path: Path) -> None:
         """Load the state from a checkpoint into the model.
@@ -184,7 +185,7 @@ class TrainedState:
                 f"{path} was trained with another backbone: the frozen weights have changed since the run started. Restore the file "
                 "that teacher.weights (or student.weights) named then, or start again in another folder"
             )
-        model.load_state_dict(saved["model"], strict=False)
+        load(model, saved["model"])
 
 
 class Moments(dict[str, dict[str, Any]]):
