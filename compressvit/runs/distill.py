@@ -35,6 +35,7 @@ from compressvit.runs.owned import refuse_links
 from compressvit.runs.resources import resource_faults
 from compressvit.tasks.base import Task, find_task, task_of
 from compressvit.training import optimisation as opt
+from compressvit.training import sharding
 from compressvit.training.evaluate import evaluate
 from compressvit.training.loop import Interrupted, Phase
 from compressvit.training.pairs import Likeness
@@ -213,7 +214,8 @@ class _Bench:
         """Scores on the validation images, those that take a search among them only if asked for; empty without such images."""
         if (held_out := self.held_out) is None:
             return {}
-        return processes.led(lambda: self._evaluate(model, teacher, held_out, search=search))
+        with sharding.whole(model, None if teacher is None else teacher.model):
+            return processes.led(lambda: self._evaluate(model, teacher, held_out, search=search))
 
     def _evaluate(
         self, model: nn.Module, teacher: Side | None, held_out: LoadedBatches, *, search: bool

@@ -32,6 +32,7 @@ from compressvit.recipe.recipe import Recipe
 from compressvit.rows import append_row, read_rows
 from compressvit.runs.files import MEASURED, MeasuredRow
 from compressvit.tasks.targets import NO_LABEL, at_least, take
+from compressvit.training import sharding
 from compressvit.training.optimisation import random_state, restore_random_state
 from compressvit.training.watch import Watch
 
@@ -69,7 +70,9 @@ class Recorder:
     def measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
         """Run the diagnostics that are due at this epoch and were not run before, in the leader. Failures are reported, and training
         continues."""
-        if self._measured:
+        if not any(spec.due(epoch, last) for spec in self._measured):
+            return
+        with sharding.whole(student.model, None if teacher is None else teacher.model):
             processes.led(lambda: self._measure(phase, teacher, student, epoch, last))
 
     def _measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
