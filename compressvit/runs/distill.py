@@ -35,12 +35,12 @@ from compressvit.runs.owned import refuse_links
 from compressvit.runs.resources import resource_faults
 from compressvit.tasks.base import Task, find_task, task_of
 from compressvit.training import optimisation as opt
-from compressvit.training import sharding
 from compressvit.training.evaluate import evaluate
 from compressvit.training.loop import Interrupted, Phase
 from compressvit.training.pairs import Likeness
 from compressvit.training.phases import Setting
 from compressvit.training.phases.distill import Distill
+from compressvit.training.sharding import divided as sharding
 from compressvit.training.stage import Stage
 from compressvit.training.stopping import Signals
 

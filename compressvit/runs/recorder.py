@@ -32,8 +32,8 @@ from compressvit.recipe.recipe import Recipe
 from compressvit.rows import append_row, read_rows
 from compressvit.runs.files import MEASURED, MeasuredRow
 from compressvit.tasks.targets import NO_LABEL, at_least, take
-from compressvit.training import sharding
 from compressvit.training.optimisation import random_state, restore_random_state
+from compressvit.training.sharding import divided as sharding
 from compressvit.training.watch import Watch
 
 

@@ -13,7 +13,7 @@ from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.tasks.base import Metrics, Task, task_of
 from compressvit.tasks.targets import NO_LABEL, at_least, moved, take
-from compressvit.training import sharding
+from compressvit.training.sharding import divided as sharding
 
 Batches = Iterable[tuple[torch.Tensor, Any]]
 Watch = Callable[[torch.Tensor, Any, Any, Any], None]

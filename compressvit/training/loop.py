@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from compressvit.log import RunLog
 from compressvit.model import ties
 from compressvit.tasks.base import Task, task_of
 from compressvit.training import optimisation as opt
-from compressvit.training import sharding
 from compressvit.training.batch import to_device
 from compressvit.training.best import Best
 from compressvit.training.cache.cache import Kept, answers_of
 from compressvit.training.meters import Meters
 from compressvit.training.nonfinite import Skips, require_finite, where_to_look
 from compressvit.training.phase import Phase
+from compressvit.training.sharding import divided as sharding
+from compressvit.training.sharding.optimised import optimised
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState, restoring, taken_up, write_checkpoint
 from compressvit.training.step import Pass, Step
@@ -131,37 +133,32 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
         self.state = TrainedState(model)
         self.buffers = opt.Buffers(model)
+        self.optimised = optimised(self.optimizer, model, self.average, self.teacher, device, divided=spec.sharded)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient but of skipped steps
         self.skips = Skips(spec.skip_nonfinite)
 
     def run(self) -> dict[str, Any]:
         """Run the whole phase; returns the result of `train`."""
-        others = (None if self.average is None else self.average.module, None if self.teacher is None else self.teacher.model)
-        self.optimised = sharding.optimised(self.model, self.optimizer, others, self.device, divided=self.spec.sharded)
         with self.optimised.ending():
-            return self._run()
-
-    def _run(self) -> dict[str, Any]:
-        if processes.told(self.phase.begun):
-            ended = self.resume()
-            if ended is not None:
-                self.frozen.release()
-                return ended
-        else:
-            self.begin()
-        if not self.batch_index:
-            self.catch_up(False)
-        self.connect()
-        try:
-            with (
-                StopRequest() as self.stop,
-                self.log.progress(self.phase.name, self.total_steps, self.steps) as self.advance,
-            ):
-                while not self.is_over():
-                    self.train_epoch()
-                    self.close_epoch()
-        finally:
-            self.disconnect()
+            if processes.told(self.phase.begun):
+                if (ended := self.resume()) is not None:
+                    self.frozen.release()
+                    return ended
+            else:
+                self.begin()
+            if not self.batch_index:
+                self.catch_up(False)
+            self.connect()
+            try:
+                with (
+                    StopRequest() as self.stop,
+                    self.log.progress(self.phase.name, self.total_steps, self.steps) as self.advance,
+                ):
+                    while not self.is_over():
+                        self.train_epoch()
+                        self.close_epoch()
+            finally:
+                self.disconnect()
         self.model.eval()
         ended = {"start": self.start, "kept_epoch": self.kept_epoch()}
         return ended if self.warm is None else {**ended, "moments": Moments.of(self.model, self.optimizer)}
@@ -303,16 +300,12 @@ class Trainer:
             self.average.update(self.model)
         self.steps += 1
         self.finite = self.finite | skipped
-        group = self.optimizer.param_groups[0]
-        # of a layer or backbone, `lr` is a part of the whole one
+        group = self.optimizer.param_groups[0]  # of a layer or backbone, `lr` is a part of the whole one
         self.meters.add_update(self.steps, norm, group["lr"] / group.get("lr_scale", 1.0))
 
     def read(self) -> None:
         """Wait for the device and read the values of the batches since the last call. Raises as `require_finite`."""
-        def look() -> str:
-            self.optimised.end()
-            return where_to_look(self.student, self.teacher, self.loader)
-
+        look = partial(where_to_look, self.student, self.teacher, self.loader, self.optimised.end)
         require_finite(self.phase, self.meters.read(), look, gradients=not self.scaler.is_enabled())
 
     def close_epoch(self) -> None:
@@ -399,10 +392,9 @@ class Trainer:
                 "random_state": states[0],
                 **({"random_states": states} if len(states) > 1 else {}),
                 "meters": self.meters.state() if random_state else {},
-                "best": self.best and {**self.best, "model": sharding.whole_in_leader(self.best["model"] or {}) or None},
+                "best": self.best and {**self.best, "model": sharding.whole_in_leader(self.best["model"])},
             }
             if self.average is not None:
                 average = sharding.whole_in_leader(self.state.of(self.average.module))
                 content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}
-        if processes.leads():
-            write_checkpoint(self.phase, content)
+        write_checkpoint(self.phase, content)

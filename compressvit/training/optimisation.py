@@ -21,7 +21,7 @@ from compressvit.errors import UserError, did_you_mean
 from compressvit.model import surgery
 from compressvit.model.backbone import body_of, describe, model_name
 from compressvit.tasks.base import Mixing, Task
-from compressvit.training.sharding import load, local
+from compressvit.training.sharding.divided import load, local
 from compressvit.training.spec import Training
 
 

@@ -104,8 +104,8 @@ class Training(Spec):
     )
     sharded: bool = Field(
         False,
-        description="In several processes, divide student, its average, teacher and optimiser state among them (torch's FSDP2): each has the "
-        "whole tensors of a block only while it computes. For models that do not fit otherwise; the same weights, for more communication.",
+        description="In several processes, divide student, average, teacher and optimiser state among them (torch's FSDP2): each has whole "
+        "tensors of a block only while it computes. For models that do not fit otherwise: the same weights, for more communication.",
     )
     compile: bool = Field(False, description="Use torch.compile on the trained model and the teacher.")
     mixup: float = Field(0.0, ge=0, description="α of mixup; 0 for none.")

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint, require_keys, save_checkpoint
 from compressvit.model import ties
@@ -22,7 +23,7 @@ from compressvit.model.old import current_checkpoint
 from compressvit.model.weights import hash_tensors
 from compressvit.spec import first_fault
 from compressvit.training.phase import Phase
-from compressvit.training.sharding import kept, load
+from compressvit.training.sharding.divided import kept, load
 from compressvit.transforms.record import only_adapted
 
 _UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
@@ -91,7 +92,9 @@ def read_checkpoint(path: Path, model: nn.Module, batches: int) -> dict[str, Any
 
 
 def write_checkpoint(phase: Phase, content: dict[str, Any]) -> None:
-    """Write a checkpoint and, until the phase is done, keep the one before."""
+    """Write a checkpoint, in the leader, and, until the phase is done, keep the one before."""
+    if not processes.leads():
+        return
     save_checkpoint(phase.checkpoint, content, keep=None if content["done"] else phase.before)
     if content["done"]:
         phase.before.unlink(missing_ok=True)

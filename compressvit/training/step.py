@@ -17,7 +17,7 @@ from compressvit.tasks.base import Labels, Task
 from compressvit.training.asking import Answers, Features, Shown
 from compressvit.training.optimisation import Buffers
 from compressvit.training.recompute import Recomputed
-from compressvit.training.sharding import enter_by, is_divided
+from compressvit.training.sharding.divided import enter_by, is_divided
 from compressvit.training.spec import Training
 from compressvit.training.terms import Batch, Term, total_of, unread_by
 
