@@ -50,7 +50,6 @@ class Divided:
         self.device = device
         processes.alike([*model.to(device).parameters(), *model.buffers()])
         self.divide()
-        _divided[id(model)] = self
 
     @torch.no_grad()
     def divide(self) -> None:
@@ -73,6 +72,7 @@ class Divided:
                 self.parts[id(original)] = nn.Parameter(held, requires_grad=original.requires_grad)
             else:
                 part.data = held
+        _divided[id(self.model)] = self
 
     def _shard(self, unit: list[nn.Module]) -> None:
         """Make modules one unit, and let go of its whole tensors."""
@@ -103,10 +103,11 @@ class Divided:
         for module, name, original in self._places:
             module._parameters[name] = original
         self.shards = {}
+        del _divided[id(self.model)]
 
     def end(self) -> None:
         """Let the model be a plain one for good."""
-        if _divided.pop(id(self.model), None) is not None:
+        if is_divided(self.model):
             self.join()
 
     @property
