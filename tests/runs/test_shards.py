@@ -18,8 +18,9 @@ from compressvit import processes
 from compressvit.log import RunLog
 from compressvit.model import stored
 from compressvit.rows import read_metrics
+from compressvit.training.sharding.refusals import torch_divides
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="an older torch")
+pytestmark = pytest.mark.skipif(not torch_divides(), reason="an older torch")
 
 # batches of 4, of which the last of the 19 images that are held out is one of 3, so that a process has more of them than the other
 DEALT = RECIPE.replace("batch_size: 8", "batch_size: 4, eval_batch_size: 4").replace("limit_val: 16", "limit_val: 19")
@@ -95,6 +96,7 @@ def stopped(words, at):
     return command(*words)
 
 
+@pytest.mark.wide
 def test_a_run_in_shards_that_was_stopped_goes_on_from_there(tmp_path):
     (tmp_path / "recipe.yaml").write_text(with_options(DEALT, "sharded: true, ema: 0.9"))
     words = ("apply", "--no-report", "--device", "cpu", tmp_path / "recipe.yaml")

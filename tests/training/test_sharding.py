@@ -25,9 +25,9 @@ from compressvit.training.pairs import match_layers
 from compressvit.training.phases.distill import Distill, _trained_along
 from compressvit.training.phases.finetune import Finetune
 from compressvit.training.sharding import divided
-from compressvit.training.sharding.refusals import BY_NUMBER
+from compressvit.training.sharding.refusals import BY_NUMBER, torch_divides
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="an older torch")
+pytestmark = pytest.mark.skipif(not torch_divides(), reason="an older torch")
 
 RELATIONS = {"prediction": {"weight": 1.0}, "attention_relation": {"weight": 1.0}, "hidden_relation": {"weight": 0.1}}
 SGD = {"epochs": 2, "lr": 0.1, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "log_every": 5}
@@ -79,7 +79,7 @@ CASES = {  # of 20 steps; measured 2e-15 in all of them
 }
 
 
-@pytest.mark.wide_unless(lambda case: case in ("plain", "multiplexed", "averaged"))
+@pytest.mark.wide_unless(lambda case: case in ("plain", "multiplexed"))
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_with_shards_train_as_one_with_whole_models(case, tmp_path):
     data = random_batches(10, 8)
@@ -92,6 +92,16 @@ def test_two_processes_with_shards_train_as_one_with_whole_models(case, tmp_path
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-12)
 
 
+@pytest.mark.wide
+def test_three_processes_whose_parts_differ(tmp_path):
+    """No size of the student is a multiple of 3, and of some tensors two processes have nothing."""
+    data, options = random_batches(6, 9), {"kind": "multiplexed", "optimizer": "adamw", "lr": 0.01, "clip_grad": 0.1}
+    alone, _ = distilled(tmp_path / "one", data, **options)
+    found = together(3, lambda: distilled(tmp_path / "three", data, sharded=True, **options))
+    assert most_apart(alone, [weights for weights, _ in found]) <= 1e-9  # AdamW; measured 4e-13
+
+
+@pytest.mark.wide
 def test_losses_that_look_inside_the_last_block_that_they_need(tmp_path):
     """Nothing that a block returns is in the loss, so the backward pass enters blocks in the middle; what is behind is not trained."""
     only = {"prediction": {"weight": 0.0}, "hidden_relation": {"weight": 0.0}, "attention_relation": {"weight": 1.0}}
@@ -109,6 +119,7 @@ def test_losses_that_look_inside_the_last_block_that_they_need(tmp_path):
             assert not torch.equal(weights["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
 
 
+@pytest.mark.wide
 def test_what_a_loss_trains_besides(tmp_path):
     """A projection between features of two widths, which works after the student, twice in a pass."""
 
@@ -143,6 +154,7 @@ def held_bytes():
     return sum(found.values())
 
 
+@pytest.mark.wide_unless(lambda kind: kind == "plain")
 @pytest.mark.parametrize("kind", ["plain", "multiplexed"])
 def test_a_process_holds_half_of_models_and_state(kind, tmp_path, monkeypatch):
     held = []
@@ -234,12 +246,13 @@ def stopped(folder, data, at, **options):
         if sum(seen) == at and processes.place() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Heard, "scalars", counted)
-        distilled(folder, data, **options)
+        with pytest.raises(Interrupted):
+            distilled(folder, data, **options)
 
 
-@pytest.mark.wide_unless(lambda sharded, then: sharded)
+@pytest.mark.wide_unless(lambda sharded, then: sharded and then)
 @pytest.mark.parametrize(("sharded", "then"), [(True, True), (True, False), (False, True)])
 def test_a_training_that_was_stopped_ends_with_the_same_weights(sharded, then, tmp_path):
     options = {"kind": "multiplexed", "optimizer": "adamw", "lr": 0.01, "ema": 0.9, "log_every": 1}
@@ -250,19 +263,20 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(sharded, then, t
     assert most_apart(whole[0], again) <= (0 if sharded is then else 1e-12)  # of other sums; measured 5e-15
 
 
+@pytest.mark.wide
 def test_models_are_whole_after_a_signal(tmp_path):
     def interrupted():
         student, teacher = models()
         before = values(student)
+        data = [(images.double(), targets) for images, targets in random_batches(3, 4)]
+        spec = Distill(**SGD, losses=RELATIONS, sharded=True)
+        terms = spec.terms(student, match_layers(student, teacher, "matched")[0], None, teacher)
+
+        def stop(model):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return {}
+
         with processes.joined(), pytest.raises(Interrupted):
-            data = [(images.double(), targets) for images, targets in random_batches(3, 4)]
-            spec = Distill(**SGD, losses=RELATIONS, sharded=True)
-            terms = spec.terms(student, match_layers(student, teacher, "matched")[0], None, teacher)
-
-            def stop(model):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return {}
-
             fit(student, spec, data, tmp_path, terms=terms, teacher=side(teacher), evaluate=stop)
         assert all(value.shape == before[name].shape for name, value in values(student).items())
         return not torch.equal(before["head.weight"], student.head.weight)
@@ -280,6 +294,7 @@ def spoilt(count):
     return data
 
 
+@pytest.mark.wide
 def test_steps_that_are_not_finite_are_left_out(tmp_path):
     options = {"skip_nonfinite": 3, "kind": "multiplexed"}
     alone, _ = distilled(tmp_path / "one", spoilt(5), **options)
@@ -287,6 +302,7 @@ def test_steps_that_are_not_finite_are_left_out(tmp_path):
     assert most_apart(alone, [weights for weights, _ in both]) <= 1e-12
 
 
+@pytest.mark.wide
 def test_a_training_that_diverges_leaves_the_weights_from_before(tmp_path):
     def diverged():
         student, teacher = models()
@@ -305,6 +321,7 @@ def test_a_training_that_diverges_leaves_the_weights_from_before(tmp_path):
     assert "stopped" in told
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("keep", ["start", "first"])
 def test_the_best_weights_are_kept(keep, tmp_path):
     scores = {"start": [3, 1, 2], "first": [1, 3, 2]}[keep]
@@ -331,6 +348,7 @@ def test_the_best_weights_are_kept(keep, tmp_path):
         assert torch.equal(whole, value), name
 
 
+@pytest.mark.wide
 def test_statistics_of_batch_norms_are_the_leaders(tmp_path):
     def statistics(sharded):
         model, seen = tiny_vit(), []
@@ -357,6 +375,7 @@ def test_statistics_of_batch_norms_are_the_leaders(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------ evaluation
 
 
+@pytest.mark.wide_unless(lambda classes, counts: classes == 4 and counts == (3, 2))
 @pytest.mark.parametrize("classes", [4, 0])
 @pytest.mark.parametrize("counts", [(3, 2), (0, 2)])
 def test_evaluation_in_shards_is_that_of_whole_models_to_the_bit(classes, counts):
@@ -439,7 +458,7 @@ def test_models_that_cannot_be_in_shards():
     with pytest.raises(UserError, match="needs one precision of all that is trained, and the student has several"):
         Distill(sharded=True).refuse(setting(student, teacher))
     unknown = timm.create_model("resnet10t", num_classes=4).to("meta")
-    with pytest.raises(UserError, match="sharded needs blocks that it knows|sharded"):
+    with pytest.raises(UserError, match="sharded needs"):
         Finetune(sharded=True).refuse(setting(unknown, None))
 
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from compressvit import processes
 from compressvit.model.backbone import describe, family_of
-from compressvit.training.terms.base import OF_TERMS
 
 T = TypeVar("T", bound=dict[str, torch.Tensor] | None)
 
@@ -59,10 +58,8 @@ class Divided:
         self._places = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
         for unit in units(self.model):
             self._shard(unit)
-        self._shard([self.model])
+        self._shard([self.model], None if self._trained else True)
         self.state._lazy_init()
-        if not self._trained:
-            self.model.set_reshard_after_forward(True, recurse=False)
         vars(self.model)["to"] = lambda *_, **__: self.model
         self._changed = [(module, kind, set(vars(module)) - known) for module, kind, known in before]
         self.shards = {id(original): getattr(module, name) for module, name, original in self._places}
@@ -74,15 +71,17 @@ class Divided:
                 part.data = held
         _divided[id(self.model)] = self
 
-    def _shard(self, unit: list[nn.Module]) -> None:
-        """Make modules one unit, and let go of its whole tensors."""
+    def _shard(self, unit: list[nn.Module], again: bool | None = True) -> None:
+        """Make modules one unit, and let go of its whole tensors, `again` after every forward pass; None: as torch does with a root, whose
+        are kept for the backward pass."""
         from torch.distributed.fsdp import fully_shard
 
         shard: Any = fully_shard
         first: Any = unit[0]
         single = {p for p in self.model.parameters() if p.ndim == 0}  # which cannot be divided: every process has them
-        shard(unit if len(unit) > 1 else first, mesh=self._mesh, **({"ignored_params": single} if single else {}))
-        if self.device.type == "cpu" and hasattr(first, "set_force_sum_reduction_for_comms"):
+        modules = unit if len(unit) > 1 else first
+        shard(modules, mesh=self._mesh, reshard_after_forward=again, ignored_params=single)
+        if self.device.type == "cpu":
             first.set_force_sum_reduction_for_comms(True)  # gloo has no mean
         for module, name, original in self._places:
             if module._parameters[name] is not original and original.numel():
@@ -127,8 +126,7 @@ class Divided:
 
 
 def units(model: nn.Module) -> list[list[nn.Module]]:
-    """The blocks, those that share parameters with each other together, without those that share any with what is in no block; and what
-    loss terms train, which works after the model has."""
+    """The blocks, those that share parameters with each other together, without those that share any with what is in no block."""
     paths = (
         [] if family_of(model) is None else [info.path for info in describe(model, "blocks", asker="sharded").blocks]
     )
@@ -136,12 +134,10 @@ def units(model: nn.Module) -> list[list[nn.Module]]:
     inside = {id(module): i for i, block in enumerate(blocks) for module in block.modules()}
     group = list(range(-1, len(blocks)))  # of the root, and of every block
     owner: dict[int, int] = {}
-    terms = list(getattr(model, OF_TERMS, {}).values())
-    apart = {id(module) for term in terms for module in term.modules()}
     for module in model.modules():
         place = inside.get(id(module), -1)
         for parameter in module._parameters.values():
-            if parameter is None or id(module) in apart:
+            if parameter is None:
                 continue
             first, second = group[owner.setdefault(id(parameter), place) + 1], group[place + 1]
             group = [min(first, second) if g in (first, second) else g for g in group]
@@ -149,7 +145,7 @@ def units(model: nn.Module) -> list[list[nn.Module]]:
     for block, g in zip(blocks, group[1:], strict=True):
         joined.setdefault(g, []).append(block)
     joined.pop(-1, None)
-    return [*joined.values(), *([term] for term in terms)]
+    return list(joined.values())
 
 
 def _strip(module: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,12 +49,17 @@ BY_NUMBER = {
 }
 
 
-def refuse(spec: Training, models: Mapping[str, nn.Module], task: Task) -> None:
-    """Raise a `UserError` where `sharded` does not go together with other options of a phase, or with its models by name."""
+def torch_divides() -> bool:
+    """Whether this torch has `fully_shard` with all that is used of it."""
     import torch.distributed.fsdp as fsdp
 
+    return hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms")
+
+
+def refuse(spec: Training, models: Mapping[str, nn.Module], task: Task) -> None:
+    """Raise a `UserError` where `sharded` does not go together with other options of a phase, or with its models by name."""
     cannot = {
-        f"needs torch 2.6 or newer, and this is {torch.__version__}; install it": not hasattr(fsdp, "fully_shard"),
+        f"needs a newer torch than {torch.__version__}, such as 2.14; install it": not torch_divides(),
         "divides tensors that compile=true expects whole; set one of them to false": spec.compile,
         "cannot scale the loss as precision=fp16 does; set precision=bf16": spec.precision == "fp16",
         f"gives an optimiser parts of tensors, and {spec.optimizer} needs whole ones; take another, such as adamw, lion or sgd": (
@@ -72,10 +76,6 @@ def refuse(spec: Training, models: Mapping[str, nn.Module], task: Task) -> None:
         ),
     }
     for whose, model in models.items():
-        scalar = next((name for name, p in model.named_parameters() if p.ndim == 0), None)
-        cannot[
-            f"needs a newer torch than {torch.__version__} for {scalar} of the {whose}, a single number; install one"
-        ] = scalar is not None and "ignored_params" not in signature(fsdp.fully_shard).parameters
         mixed = len({p.dtype for p in model.parameters() if p.requires_grad}) > 1
         cannot[f"needs one precision of all that is trained, and the {whose} has several; leave it out"] = mixed
     for reason, so in cannot.items():
