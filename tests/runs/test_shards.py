@@ -61,7 +61,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.wide_unless(lambda kind: kind == "averaged")
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_the_artifact_of_a_run_in_shards_is_that_of_one_with_whole_models(kind, tmp_path):
     text = with_options(MEASURED, OPTIONS[kind])
