@@ -205,10 +205,11 @@ def test_the_quickstart_on_a_gpu(tmp_path, precision):
         ),
     ],
 )
-def test_two_processes(tmp_path, device):
-    """NCCL between two GPUs, gloo on the CPU."""
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes(tmp_path, device, sharded):
+    """NCCL between two GPUs, gloo on the CPU; each with whole models, or with a part of them."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
+    recipe.write_text(RECIPE.replace("distill: {", f"distill: {{sharded: {str(sharded).lower()}, keep: best, "))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["-m", "compressvit", "apply", recipe, "--device", device, "--no-report", "--output", tmp_path / "run"]
     answer = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, check=False, timeout=250)

@@ -40,6 +40,7 @@ from compressvit.training.loop import Interrupted, Phase
 from compressvit.training.pairs import Likeness
 from compressvit.training.phases import Setting
 from compressvit.training.phases.distill import Distill
+from compressvit.training.sharding import divided as sharding
 from compressvit.training.stage import Stage
 from compressvit.training.stopping import Signals
 
@@ -213,7 +214,8 @@ class _Bench:
         """Scores on the validation images, those that take a search among them only if asked for; empty without such images."""
         if (held_out := self.held_out) is None:
             return {}
-        return processes.led(lambda: self._evaluate(model, teacher, held_out, search=search))
+        with sharding.whole(model, None if teacher is None else teacher.model):
+            return processes.led(lambda: self._evaluate(model, teacher, held_out, search=search))
 
     def _evaluate(
         self, model: nn.Module, teacher: Side | None, held_out: LoadedBatches, *, search: bool

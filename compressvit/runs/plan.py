@@ -17,6 +17,7 @@ from compressvit.data.notes import notes_of_channels, notes_of_sizes
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.samples import Samples
 from compressvit.data.spec import Data
+from compressvit.diagnostics.base import Watched
 from compressvit.errors import UnmetBudget, UserError
 from compressvit.files import expanded
 from compressvit.model import surgery, ties
@@ -289,6 +290,9 @@ class _Steps:
 
     def _refuse_diagnostics(self, where: str, spec: PhaseSpec, setting: Setting) -> None:
         for entry in self.recipe.diagnostics:
+            if spec.sharded and isinstance(entry.spec, Watched):
+                told = f"{entry.spec.name} reads gradients, of which sharded=true leaves no process whole ones; leave one of them out"
+                self.conflicts.append(f"{where}: {told}")
             try:
                 entry.spec.refuse(spec, setting.student, setting.teacher)
             except UserError as error:

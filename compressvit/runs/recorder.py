@@ -33,6 +33,7 @@ from compressvit.rows import append_row, read_rows
 from compressvit.runs.files import MEASURED, MeasuredRow
 from compressvit.tasks.targets import NO_LABEL, at_least, take
 from compressvit.training.optimisation import random_state, restore_random_state
+from compressvit.training.sharding import divided as sharding
 from compressvit.training.watch import Watch
 
 
@@ -69,8 +70,10 @@ class Recorder:
     def measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
         """Run the diagnostics that are due at this epoch and were not run before, in the leader, which the other processes help where a
         diagnostic asks for it. Failures are reported, and training continues."""
-        if self._measured:
-            helping = partial(self._help, phase, teacher, student, epoch)
+        if not any(spec.due(epoch, last) for spec in self._measured):
+            return
+        helping = partial(self._help, phase, teacher, student, epoch)
+        with sharding.whole(student.model, None if teacher is None else teacher.model):
             processes.led(lambda: self._measure(phase, teacher, student, epoch, last), helping)
 
     def _help(self, phase: str, teacher: Side | None, student: Side, epoch: int, name: str) -> None:

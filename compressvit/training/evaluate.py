@@ -13,6 +13,7 @@ from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.tasks.base import Metrics, Task, task_of
 from compressvit.tasks.targets import NO_LABEL, at_least, moved, take
+from compressvit.training.sharding import divided as sharding
 
 Batches = Iterable[tuple[torch.Tensor, Any]]
 Watch = Callable[[torch.Tensor, Any, Any, Any], None]
@@ -22,7 +23,6 @@ _Answered = tuple[
 ]  # how many images, they, their targets, outputs of both models
 
 
-@torch.inference_mode()
 def evaluate(
     student: Side,
     batches: Batches,
@@ -63,6 +63,21 @@ def evaluate(
     Raises:
         UserError: a label is not below the model's number of classes.
     """
+    with sharding.evaluating(student.model, None if teacher is None else teacher.model):
+        return _evaluate(student, batches, device, teacher, labelled, task, watch, index, divided)
+
+
+def _evaluate(
+    student: Side,
+    batches: Batches,
+    device: torch.device,
+    teacher: Side | None,
+    labelled: bool,
+    task: Task | None,
+    watch: Watch | None,
+    index: Batches | None,
+    divided: bool,
+) -> dict[str, float | int | None]:
     if not divided and processes.count() > 1:
         whole = partial(evaluate, teacher=teacher, labelled=labelled, task=task, watch=watch, index=index)
         return processes.alone(lambda: whole(student, batches, device))
@@ -73,11 +88,12 @@ def evaluate(
     task = task or task_of(model)
     metrics = task.metrics(model, other, labelled)
     outputs_of = partial(_outputs, task, student, teacher, convert)
+    ask = partial(sharding.in_step, outputs_of, model, other)
     if index is not None:
         metrics.search()
-        for _, _, targets, found in _handed(_answered(index, task, outputs_of, device, labelled=True), device):
+        for _, _, targets, found in _handed(_answered(index, task, ask, device, labelled=True), device):
             metrics.index(found[0], targets, found[1])
-    parts = _answered(batches, task, outputs_of, device, labelled=labelled, shown=watch is not None)
+    parts = _answered(batches, task, ask, device, labelled=labelled, shown=watch is not None)
     seen = _counted(metrics, _handed(parts, device), task, watch)
     model.train(was_training)
     return processes.led(lambda: _result(seen, metrics))
@@ -109,25 +125,35 @@ def _outputs(task: Task, student: Side, teacher: Side | None, convert: Any, imag
 def _answered(
     batches: Batches,
     task: Task,
-    outputs_of: Callable[[torch.Tensor], tuple[Any, Any]],
+    ask: Callable[[Iterator[tuple[torch.Tensor, Any]]], Iterator[Any]],
     device: torch.device,
     *,
     labelled: bool,
     shown: bool = False,
-) -> Iterator[_Answered]:
-    """Of every batch the images that count: how many, themselves if they are `shown`, their targets, and what both models make of them."""
-    for batch_images, batch_targets in batches:
-        counted = task.known(batch_targets) if labelled else at_least(batch_targets, NO_LABEL)
-        if counted.any():
-            images, targets = batch_images[counted].to(device), moved(take(batch_targets, counted), device)
-            yield len(images), images if shown else images[:0], targets, outputs_of(images)
+) -> Iterator[_Answered | None]:
+    """Of every batch the images that count: how many, themselves if they are `shown`, their targets, and what both models make of them.
+    None where others have a batch and this process has none, which it has to know of (`sharding.in_step`)."""
+
+    def known() -> Iterator[tuple[torch.Tensor, Any]]:
+        for images, targets in batches:
+            counted = task.known(targets) if labelled else at_least(targets, NO_LABEL)
+            if counted.any():
+                yield images[counted].to(device), moved(take(targets, counted), device)
+
+    for found in ask(known()):
+        if found is None:
+            yield None
+            continue
+        images, targets, outputs = found
+        yield len(images), images if shown else images[:0], targets, outputs
 
 
-def _handed(parts: Iterator[T], device: torch.device) -> Iterator[T]:
+def _handed(parts: Iterator[T | None], device: torch.device) -> Iterator[T]:
     """What every process makes of its part, in the leader, by way of the hosts' memory."""
     if processes.count() == 1:
-        yield from parts
+        yield from (part for part in parts if part is not None)
         return
     host = torch.device("cpu")
-    for part in processes.in_turn(moved(part, host) for part in parts):
-        yield moved(part, device)
+    for part in processes.in_turn(None if part is None else moved(part, host) for part in parts):
+        if part is not None:
+            yield moved(part, device)

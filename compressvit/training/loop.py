@@ -28,6 +28,8 @@ from compressvit.training.cache.cache import Kept, answers_of
 from compressvit.training.meters import Meters
 from compressvit.training.nonfinite import Skips, require_finite, where_to_look
 from compressvit.training.phase import Phase
+from compressvit.training.sharding import divided as sharding
+from compressvit.training.sharding.optimised import optimised
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState, restoring, taken_up, write_checkpoint
 from compressvit.training.step import Pass, Step
@@ -129,34 +131,34 @@ class Trainer:
         self.average = opt.build_average(model, spec.ema)
         self.autocast = torch.autocast(device.type, _AUTOCAST.get(spec.precision), enabled=spec.precision != "fp32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.state = TrainedState(model)
         self.buffers = opt.Buffers(model)
+        self.optimised = optimised(self.optimizer, model, self.average, self.teacher, device, divided=spec.sharded)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient but of skipped steps
         self.skips = Skips(spec.skip_nonfinite)
 
     def run(self) -> dict[str, Any]:
         """Run the whole phase; returns the result of `train`."""
-        if processes.told(self.phase.begun):
-            ended = self.resume()
-            if ended is not None:
-                self.frozen.release()
-                return ended
-        else:
-            self.begin()
-        if not self.batch_index:
-            self.catch_up(False)
-        self.connect()
-        try:
-            with (
-                StopRequest() as self.stop,
-                self.log.progress(self.phase.name, self.total_steps, self.steps) as self.advance,
-            ):
-                while not self.is_over():
-                    self.train_epoch()
-                    self.close_epoch()
-        finally:
-            self.disconnect()
+        with self.optimised.ending():
+            if processes.told(self.phase.begun):
+                if (ended := self.resume()) is not None:
+                    self.frozen.release()
+                    return ended
+            else:
+                self.begin()
+            if not self.batch_index:
+                self.catch_up(False)
+            self.connect()
+            try:
+                with (
+                    StopRequest() as self.stop,
+                    self.log.progress(self.phase.name, self.total_steps, self.steps) as self.advance,
+                ):
+                    while not self.is_over():
+                        self.train_epoch()
+                        self.close_epoch()
+            finally:
+                self.disconnect()
         self.model.eval()
         ended = {"start": self.start, "kept_epoch": self.kept_epoch()}
         return ended if self.warm is None else {**ended, "moments": Moments.of(self.model, self.optimizer)}
@@ -195,7 +197,7 @@ class Trainer:
             ended = {"start": self.start, "kept_epoch": kept}
             return ended if self.warm is None else {**ended, "moments": Moments(saved["moments"])}
         with restoring(path):
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimised.load(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             if self.average is not None:
                 self.average.load(saved)
@@ -278,10 +280,11 @@ class Trainer:
     def step(self) -> None:
         """One optimiser step with the accumulated gradient, left out if any loss or gradient so far was not finite."""
         self.schedule.step_update(self.steps)
+        self.optimised.collect()
         self.scaler.unscale_(self.optimizer)
         for watch in self.watches:
             watch.after(self.steps + 1, self.epoch, self.scaler.get_scale())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip_grad or math.inf)
+        norm = self.optimised.clip(self.spec.clip_grad or math.inf)
         # The scaler itself skips a step with a non-finite gradient, and continues with a smaller scale.
         if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
@@ -289,7 +292,7 @@ class Trainer:
         if skipped := self.skips.take(self.finite):
             self.log.say(f"{self.phase.name}: {self.skips.words(self.meters.drop(self.steps + 1))}")
         else:
-            opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
+            opt.step_if(self.finite, self.optimizer, self.scaler, self.optimised.parameters)
         self.buffers.put_back_unless(self.finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -297,13 +300,12 @@ class Trainer:
             self.average.update(self.model)
         self.steps += 1
         self.finite = self.finite | skipped
-        group = self.optimizer.param_groups[0]
-        # of a layer or backbone, `lr` is a part of the whole one
+        group = self.optimizer.param_groups[0]  # of a layer or backbone, `lr` is a part of the whole one
         self.meters.add_update(self.steps, norm, group["lr"] / group.get("lr_scale", 1.0))
 
     def read(self) -> None:
         """Wait for the device and read the values of the batches since the last call. Raises as `require_finite`."""
-        look = partial(where_to_look, self.student, self.teacher, self.loader)
+        look = partial(where_to_look, self.student, self.teacher, self.loader, self.optimised.end)
         require_finite(self.phase, self.meters.read(), look, gradients=not self.scaler.is_enabled())
 
     def close_epoch(self) -> None:
@@ -315,7 +317,7 @@ class Trainer:
         processes.alike([*self.model.buffers(), *averaged])  # the leader's: each process has seen other images
         self.log.scalars(self.phase.name, "epoch", self.steps, {"epoch": self.epoch, **self.meters.means()})
         if last and self.average is not None:
-            self.model.load_state_dict(ties.unique_state(self.average.module), strict=False)
+            sharding.load(self.model, ties.unique_state(self.average.module))
         if self.best is None:
             self.checkpoint(last)  # first, so that an error in the evaluation loses no training
         if last or self.epoch % self.spec.evaluate_every == 0:
@@ -357,7 +359,7 @@ class Trainer:
         """With `keep: best`, load the weights of the best evaluation."""
         if (best := self.best) is None or best["model"] is None or best["epoch"] == self.epoch:
             return
-        self.model.load_state_dict(best["model"], strict=False)
+        sharding.load(self.model, best["model"])
         kept = f"epoch {best['epoch']}" if best["epoch"] else "the start"
         self.log.say(f"{self.phase.name}: kept the weights of {kept}, which were best")
 
@@ -369,11 +371,9 @@ class Trainer:
         if self.cache is not None:
             self.cache.sync()  # what steps before a checkpoint have asked is not asked again
         states = processes.gathered(random_state)
-        if not processes.leads():
-            return
         content: dict[str, Any] = {
             "done": done,
-            "model": self.state.of(self.model),
+            "model": sharding.whole_in_leader(self.state.of(self.model)),
             "frozen": self.state.frozen_hash,
             "steps": self.steps,
             "epoch": self.epoch,
@@ -385,16 +385,16 @@ class Trainer:
                 content["moments"] = dict(Moments.of(self.model, self.optimizer))
         else:
             content |= {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self.optimised.state(),
                 "scaler": self.scaler.state_dict(),
                 "batch_index": self.batch_index,
                 "skipped": self.skips.count,
                 "random_state": states[0],
                 **({"random_states": states} if len(states) > 1 else {}),
                 "meters": self.meters.state() if random_state else {},
-                "best": self.best,
+                "best": self.best and {**self.best, "model": sharding.whole_in_leader(self.best["model"])},
             }
             if self.average is not None:
-                average = self.state.of(self.average.module)
+                average = sharding.whole_in_leader(self.state.of(self.average.module))
                 content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}
         write_checkpoint(self.phase, content)

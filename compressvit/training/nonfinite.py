@@ -77,14 +77,18 @@ def diverged(phase: Phase, reading: Reading, what: str, look: str) -> UserError:
     return UserError(f"{phase.name}: {what} at step {reading.step} ({terms}); stopped, and {kept}. {look}")
 
 
-def where_to_look(student: Side, teacher: Side | None, batches: Iterable[Any]) -> str:
+def where_to_look(
+    student: Side, teacher: Side | None, batches: Iterable[Any], joined: Callable[[], None] = lambda: None
+) -> str:
     """Where a value that is not finite comes from: the weights of the teacher or the student, the images, or what the teacher makes
     of these; where all of them are finite, from the training.
 
     Args:
         student: the model that is trained, with the weights from before the step.
         batches: (images, targets), of which the first is looked at.
+        joined: makes whole models of those in shards.
     """
+    joined()
     for whose, side in (("teacher", teacher), ("model that is trained", student)):
         if side is not None and (name := _first_broken(side.model)) is not None:
             return f"{name} of the {whose} is not finite: look at the file of its weights first"

@@ -21,6 +21,7 @@ from compressvit.errors import UserError, did_you_mean
 from compressvit.model import surgery
 from compressvit.model.backbone import body_of, describe, model_name
 from compressvit.tasks.base import Mixing, Task
+from compressvit.training.sharding.divided import load, local
 from compressvit.training.spec import Training
 
 
@@ -301,14 +302,14 @@ class WeightAverage:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Continue from a checkpoint: averaged tensors by name, the number of updates, and the kind of decay."""
-        self.module.load_state_dict(saved["average"], strict=False)
+        load(self.module, saved["average"])
         self.updates, self.rises = saved["n_averaged"], saved.get("average_rises", False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Update the average with the model's current weights; the model must have the structure of the average."""
-        averaged = [p.detach() for p in self.module.parameters()]
-        torch._foreach_lerp_(averaged, [p.detach() for p in model.parameters()], 1 - self.decay_at(self.updates))
+        averaged = [local(p) for p in self.module.parameters()]
+        torch._foreach_lerp_(averaged, [local(p) for p in model.parameters()], 1 - self.decay_at(self.updates))
         for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
         self.updates += 1

@@ -102,6 +102,11 @@ class Training(Spec):
         description="Keep only the input of every block of the trained model for the backward pass, and compute the rest again there: the "
         "same weights in less memory, for the time of another forward pass. Blocks that a loss or a diagnostic looks into keep all.",
     )
+    sharded: bool = Field(
+        False,
+        description="In several processes, divide student, average, teacher and optimiser state among them (torch's FSDP2): each has whole "
+        "tensors of a block only while it computes. For models that do not fit otherwise: the same weights, for more communication.",
+    )
     compile: bool = Field(False, description="Use torch.compile on the trained model and the teacher.")
     mixup: float = Field(0.0, ge=0, description="α of mixup; 0 for none.")
     cutmix: float = Field(0.0, ge=0, description="α of cutmix; 0 for none.")

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint, require_keys, save_checkpoint
 from compressvit.model import ties
@@ -22,6 +23,7 @@ from compressvit.model.old import current_checkpoint
 from compressvit.model.weights import hash_tensors
 from compressvit.spec import first_fault
 from compressvit.training.phase import Phase
+from compressvit.training.sharding.divided import kept, load
 from compressvit.transforms.record import only_adapted
 
 _UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
@@ -90,7 +92,9 @@ def read_checkpoint(path: Path, model: nn.Module, batches: int) -> dict[str, Any
 
 
 def write_checkpoint(phase: Phase, content: dict[str, Any]) -> None:
-    """Write a checkpoint and, until the phase is done, keep the one before."""
+    """Write a checkpoint, in the leader, and, until the phase is done, keep the one before."""
+    if not processes.leads():
+        return
     save_checkpoint(phase.checkpoint, content, keep=None if content["done"] else phase.before)
     if content["done"]:
         phase.before.unlink(missing_ok=True)
@@ -159,8 +163,8 @@ class TrainedState:
         return {name: tensor for name, tensor in ties.unique_state(model).items() if name not in self._frozen}
 
     def copied(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """A copy of the current state (see `of`) on the CPU."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.of(model).items()}
+        """A copy of the current state (see `of`), on the CPU where it is not in shards."""
+        return {name: kept(tensor) for name, tensor in self.of(model).items()}
 
     def load(self, saved: dict[str, Any], model: nn.Module, path: Path) -> None:
         """Load the state from a checkpoint into the model.
@@ -184,7 +188,7 @@ class TrainedState:
                 f"{path} was trained with another backbone: the frozen weights have changed since the run started. Restore the file "
                 "that teacher.weights (or student.weights) named then, or start again in another folder"
             )
-        model.load_state_dict(saved["model"], strict=False)
+        load(model, saved["model"])
 
 
 class Moments(dict[str, dict[str, Any]]):

@@ -17,6 +17,7 @@ from compressvit.tasks.base import Labels, Task
 from compressvit.training.asking import Answers, Features, Shown
 from compressvit.training.optimisation import Buffers
 from compressvit.training.recompute import Recomputed
+from compressvit.training.sharding.divided import enter_by, is_divided
 from compressvit.training.spec import Training
 from compressvit.training.terms import Batch, Term, total_of, unread_by
 
@@ -62,7 +63,10 @@ class Pass(nn.Module):
             expected, theirs = (None, {}) if self._answers is None else self._answers(images, shown)
             with nullcontext() if self._features is None else self._features.given(shown):
                 outputs = self._run(images)
-            batch = Batch(outputs, expected, self._taps.pop(), theirs, targets, unread_by(self._terms))
+            ours = self._taps.pop()
+            if is_divided(self.model):
+                enter_by(self.model, ours)
+            batch = Batch(outputs, expected, ours, theirs, targets, unread_by(self._terms))
             loss, parts = total_of(self._terms, batch)
         figures = self._task.batch_figures(outputs, expected, targets, labels)
         return loss, _without_gradient(parts), _without_gradient(figures)
@@ -80,7 +84,8 @@ class Pass(nn.Module):
 class Step:
     """A `Pass` and the backward pass after it, whose gradients are the means over the processes of the run.
 
-    With several, every process has the parameters and buffers of the leader before its first pass.
+    With several, every process has the parameters and buffers of the leader before its first pass. The gradients of a model in shards are
+    averaged after every pass, so that no process has whole ones of all its batches.
     """
 
     def __init__(self, whole: Pass):
@@ -104,7 +109,7 @@ class Step:
         """
         whole: nn.Module = self._pass
         apart: AbstractContextManager[Any] = nullcontext()
-        if processes.count() > 1:
+        if processes.count() > 1 and not is_divided(self._pass.model):
             whole = self._divided = self._divided or self._divide(images, targets, labels, shown)
             apart = nullcontext() if last else self._divided.no_sync()
         with apart:

@@ -33,6 +33,17 @@ class Heard(RunLog):
         return [line for line in self.lines if line["kind"] == kind]
 
 
+class Normed(torch.nn.Module):
+    """A batch norm of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = torch.nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return self.bn(x.transpose(1, 2)).transpose(1, 2)
+
+
 def tiny_vit(seed=0, **changes):
     torch.manual_seed(seed)
     return timm.create_model("vit_tiny_patch16_224", **{**VIT, "num_classes": 4, **changes})

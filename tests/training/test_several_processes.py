@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from helpers.together import together
-from helpers.training import fit, random_batches, tiny_vit
+from helpers.training import Normed, fit, random_batches, tiny_vit
 
 from compressvit import processes
 from compressvit.model.weights import build
@@ -94,17 +94,6 @@ def test_batches_without_labels_in_one_process(tmp_path):
     one, other = together(2, unlabelled)
     assert one == other
     assert all(value is not None for value in one)
-
-
-class Normed(torch.nn.Module):
-    """A batch norm of tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn = torch.nn.BatchNorm1d(16)
-
-    def forward(self, x):
-        return self.bn(x.transpose(1, 2)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])

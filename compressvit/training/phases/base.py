@@ -108,6 +108,12 @@ class PhaseSpec(Training):
             describe(model, "blocks", asker="drop_path")
         if self.activation_checkpointing:
             describe(model, "blocks", asker="activation_checkpointing")
+        if self.sharded:
+            from compressvit.training.sharding.refusals import refuse
+
+            sides = {"student": setting.student, "teacher": setting.teacher}
+            models = {whose: side.model for whose, side in sides.items() if side is not None}
+            refuse(self, models, setting.task or task_of(model))
         if (self.mixup or self.cutmix) and setting.batch_size < 2:
             raise UserError(
                 "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"
@@ -180,7 +186,10 @@ class PhaseSpec(Training):
         )
         batch = f"batch {batch_size}" + (f"×{self.accumulate}" if self.accumulate > 1 else "")
         batch += f" in each of {count} processes" if count > 1 else ""
-        return f"{length}, {batch}, {self.optimizer}, lr {self.peak_lr(batch_size * count):.3g}, {self.precision}"
+        shards = (", in shards" if count > 1 else ", sharded passed over in one process") if self.sharded else ""
+        return (
+            f"{length}, {batch}, {self.optimizer}, lr {self.peak_lr(batch_size * count):.3g}, {self.precision}{shards}"
+        )
 
 
 PHASES: Registry[type[PhaseSpec]] = Registry("phase", "compressvit.training.phases")

@@ -1,0 +1,1 @@
+"""Training in shards: `sharded` of training phases."""
