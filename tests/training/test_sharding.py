@@ -29,7 +29,7 @@ CASES = {  # of 20 steps; measured 2e-15 in all of them
     "multiplexed": {"kind": "multiplexed"},
     "averaged": {"ema": 0.9, "clip_grad": 0.1, "activation_checkpointing": True},
     "accumulated": {"kind": "multiplexed", "accumulate": 2, "epochs": 4},
-    "one number": {"kind": "one number"},
+    "one number": {"kind": "one number", "clip_grad": 0.1},
     "all share": {"kind": "all share"},
 }
 
