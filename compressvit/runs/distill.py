@@ -220,11 +220,10 @@ class _Bench:
     def _evaluate(
         self, model: nn.Module, teacher: Side | None, held_out: LoadedBatches, *, search: bool
     ) -> dict[str, Any]:
-        model.to(self.device)
         if teacher is not None:
             teacher.model.to(self.device).eval()
         return evaluate(
-            Side(model, self.ours.input),
+            Side(model.to(self.device), self.ours.input),
             held_out,
             self.device,
             teacher=teacher,

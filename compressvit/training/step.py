@@ -17,7 +17,7 @@ from compressvit.tasks.base import Labels, Task
 from compressvit.training.asking import Answers, Features, Shown
 from compressvit.training.optimisation import Buffers
 from compressvit.training.recompute import Recomputed
-from compressvit.training.sharding.divided import enter_by, is_divided
+from compressvit.training.sharding.divided import enter_by, is_divided, unwarned
 from compressvit.training.spec import Training
 from compressvit.training.terms import Batch, Term, total_of, unread_by
 
@@ -109,7 +109,9 @@ class Step:
         """
         whole: nn.Module = self._pass
         apart: AbstractContextManager[Any] = nullcontext()
-        if processes.count() > 1 and not is_divided(self._pass.model):
+        if is_divided(self._pass.model):
+            apart = unwarned()
+        elif processes.count() > 1:
             whole = self._divided = self._divided or self._divide(images, targets, labels, shown)
             apart = nullcontext() if last else self._divided.no_sync()
         with apart:

@@ -7,6 +7,7 @@ in between.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -268,6 +269,14 @@ def in_step(
             yield None
         else:
             yield (*item, ask(item[0]))
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Within, torch does not warn of blocks that return a view, which nothing behind them changes in place."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+        yield
 
 
 def enter_by(model: nn.Module, taps: Mapping[str, Mapping[str, Any]]) -> None:
