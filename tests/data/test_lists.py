@@ -45,6 +45,26 @@ def test_splits_are_read_as_they_are(task):
     assert open_data(data(task, num_classes=7)).num_classes == 7
 
 
+@pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])
+@pytest.mark.parametrize("header", ["", "path{}label\n", "\ufeffimage{}class\n"])
+def test_tables_are_lists_too(task, suffix, between, header):
+    text = (task / "train800val200.txt").read_text().replace(".png ", f".png{between}")
+    (task / "train800val200.txt").unlink()
+    (task / f"train800val200{suffix}").write_text(header.format(between) + text)
+    for split in ("train800val200", f"train800val200{suffix}"):
+        found = open_data(data(task, train_split=split))
+        assert [found.train[i][1] for i in range(4)] == [0, 1, 2, 1]
+        told = [note.text for note in found.notes() if note.what == "header"]
+        shown = repr(header.format(between).strip().lstrip("\ufeff"))
+        of = f"train800val200{suffix}: the first line, {shown}, is taken for the names of columns"
+        assert told == ([of] if header else [])
+    (task / f"test{suffix}").write_text(f"images/the test/0.png{between}1\nimages/the test/1.png{between}none\n")
+    with pytest.raises(UserError, match=rf"has test.txt and test{suffix}: name the one that is meant .*test.txt"):
+        open_data(data(task))
+    with pytest.raises(UserError, match=rf"test{suffix}, line 2: .*none' is not `PATH LABEL`"):
+        open_data(data(task, val_split=f"test{suffix}"))
+
+
 def test_a_broken_image_is_skipped_and_named(task):
     (task / "images" / "the train800val200" / "1.png").write_bytes(b"no image")
     found = open_data(data(task))

@@ -1,6 +1,7 @@
 """Image sets whose splits are text files: a line `PATH LABEL` per image, as VTAB-1k is commonly prepared.
 
 FOLDER/train800.txt  FOLDER/val200.txt  FOLDER/train800val200.txt  FOLDER/test.txt
+FOLDER/train.csv  FOLDER/val.tsv      are read, too, also with a first line that names the columns
 FOLDER/images/…      PATH is relative to FOLDER, LABEL counts from 0; a space, a tab or a comma is between them
 """
 
@@ -23,12 +24,16 @@ from compressvit.errors import UserError, nearest
 from compressvit.notes import Note
 from compressvit.reading import read_bytes
 
-LAYOUT = """expected FOLDER/SPLIT.txt with a line `PATH LABEL` per image (PATH relative to FOLDER, LABEL from 0), as in a prepared VTAB-1k:
+SUFFIXES = (".txt", ".csv", ".tsv")
+LAYOUT = """expected FOLDER/SPLIT.txt, .csv or .tsv with a line `PATH LABEL` per image (PATH relative to FOLDER, LABEL from 0), as in a
+prepared VTAB-1k:
   data.train_split=train800val200 data.val_split=test      (or train800 and val200, to choose hyper-parameters)"""
 MOST_CLASSES = 1_000_000
 
 
-@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k", listed=True, parts=True)
+@data_set(
+    "lists", note="SPLIT.txt, .csv or .tsv with `PATH LABEL` lines, e.g. a prepared VTAB-1k", listed=True, parts=True
+)
 def open_lists(data: Data) -> tuple[PictureFiles, ...]:
     """The splits that `data` names; all have as many classes as the highest label of any says. With `data.val_fraction` that for validation
     is held out of the training split.
@@ -103,7 +108,18 @@ def _held_out(whole: _List, data: Data) -> tuple[list[list[tuple[str, int]]], li
 
 
 def _file(root: Path, split: str) -> Path:
-    return root / f"{split.removesuffix('.txt')}.txt"
+    """The list of a split, which may be named with its extension.
+
+    Raises:
+        UserError: there are several.
+    """
+    if split.endswith(SUFFIXES):
+        return root / split
+    there = [file for suffix in SUFFIXES if os.path.isfile(file := root / f"{split}{suffix}")]
+    if len(there) > 1:
+        names = " and ".join(file.name for file in there)
+        raise UserError(f"{root} has {names}: name the one that is meant with its extension, e.g. {there[0].name}")
+    return there[0] if there else root / f"{split}.txt"
 
 
 class _List:
@@ -113,8 +129,9 @@ class _List:
         self.file = _file(root, split)
         self._root, self._inside, self._outside = root, os.path.realpath(root), data.outside
         self._guessed: Counter[str] = Counter()
+        self._header = ""
         if not os.path.isfile(self.file):
-            there = sorted(path.stem for path in root.glob("*.txt"))
+            there = sorted({path.stem for path in root.iterdir() if path.suffix in SUFFIXES})
             close = nearest(split, there)
             hint = f"did you mean {close}? " if close else ""
             raise UserError(
@@ -134,7 +151,10 @@ class _List:
             lines = read_bytes(self.file).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"{self.file} is not UTF-8 text: {error}") from error
-        entries = [self._entry(line.strip(), number) for number, line in enumerate(lines, 1) if line.strip()]
+        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+        if len(numbered) > 1 and self.file.suffix != ".txt" and not numbered[0][1][-1].isdigit():
+            self._header = numbered.pop(0)[1]
+        entries = [self._entry(line, number) for number, line in numbered]
         if not entries:
             raise UserError(f"{self.file} lists no image; {LAYOUT}")
         return entries
@@ -187,7 +207,11 @@ class _List:
             "form": "{} found under another Unicode form of the name in the list",
             "outside": f"{{}} read from outside {self._root}",
         }
-        return [
+        found = []
+        if self._header:
+            text = f"{self.file.name}: the first line, {_short(self._header)!r}, is taken for the names of columns"
+            found.append(Note("header", 1, text))
+        return found + [
             Note(
                 kind if kind == "form" else "from_outside",
                 count,
