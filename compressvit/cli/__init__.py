@@ -66,12 +66,9 @@ def _require_known_verb(words: Sequence[str], parser: argparse.ArgumentParser, v
     """End the program if the first word is no verb, and name the one that it is like."""
     word = next(iter(words), "-")
     if not (word.startswith("-") or word in verbs):
-        recipe = (
-            f"; to run a recipe: compressvit apply {printable(shlex.quote(word))}"
-            if word.endswith((".yaml", ".yml"))
-            else ""
-        )
-        parser.error(f"there is no verb {word!r}{recipe or '; ' + did_you_mean(word, verbs, list_at_most=20)}")
+        run = f"to run a recipe: compressvit apply {printable(shlex.quote(word))}"
+        meant = run if word.endswith((".yaml", ".yml")) else did_you_mean(word, verbs, list_at_most=20)
+        parser.error(f"there is no verb {word!r}; {meant}")
 
 
 def _as_override(rest: Sequence[str]) -> str:
